@@ -1,0 +1,76 @@
+"""How many triplets live at step t, and which.
+
+[A] Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023.
+"""
+
+import torch
+from torch import Tensor
+
+
+class CubicBudget:
+    """The number of triplets the whole model keeps after t finished updates. Source: [A] eq. 12.
+
+        b(t) = b0                                                        t ≤ t_i
+        b(t) = floor(bT + (b0 − bT)·(1 − (t − t_i)/(T − t_f − t_i))³)    t_i < t ≤ T − t_f
+        b(t) = bT                                                        afterwards
+
+    Args:
+        initial: b0, triplets at the start.
+        target: bT ≤ b0, triplets at the end.
+        total_steps: T, updates in the whole run.
+        warmup_steps: t_i, updates before the first triplet goes.
+        final_steps: t_f, updates trained with the final pattern.
+        interval: ΔT, updates between two allocations.
+
+    Raises ValueError for settings that cannot be.
+    """
+
+    def __init__(
+        self, initial: int, target: int, total_steps: int, warmup_steps: int, final_steps: int, interval: int
+    ):
+        if min(target, warmup_steps, final_steps) < 0:
+            raise ValueError(
+                f"the target budget ({target}), t_i ({warmup_steps}) and t_f ({final_steps}) cannot be negative"
+            )
+        if target > initial:
+            raise ValueError(f"the target budget ({target} triplets) is above the start ({initial})")
+        if warmup_steps + final_steps >= total_steps:
+            raise ValueError(
+                f"t_i + t_f = {warmup_steps} + {final_steps} leaves no step to prune in: it must be less than "
+                f"the {total_steps} steps of the run"
+            )
+        if interval < 1:
+            raise ValueError(f"the interval ΔT between two allocations must be at least 1, not {interval}")
+        self.initial, self.target = initial, target
+        self.warmup_steps, self.interval = warmup_steps, interval
+        self.last_allocation = total_steps - final_steps  # T − t_f
+
+    def __call__(self, t: int) -> int:
+        """b(t), in whole-number arithmetic: the floor of an exact value."""
+        if t <= self.warmup_steps:
+            return self.initial
+        if t >= self.last_allocation:
+            return self.target
+        span = self.last_allocation - self.warmup_steps
+        left = self.last_allocation - t  # left/span = 1 − (t − t_i)/(T − t_f − t_i)
+        return self.target + (self.initial - self.target) * left**3 // span**3
+
+    def due(self, t: int) -> bool:
+        """Whether triplets are allocated after update t: every ΔT updates between t_i and T − t_f, and at T − t_f."""
+        return t == self.last_allocation or (
+            self.warmup_steps < t < self.last_allocation and t % self.interval == 0
+        )
+
+
+def keep_top(scores: Tensor, k: int) -> Tensor:
+    """A bool mask, (n,) like `scores`, that is True at exactly the k highest scores.
+
+    Ties go to the earlier position. A threshold at the k-th value would keep or drop all tied scores together.
+    Raises ValueError unless 0 ≤ k ≤ n.
+    """
+    if not 0 <= k <= scores.numel():
+        raise ValueError(f"cannot keep {k} of {scores.numel()} triplets")
+    order = torch.sort(scores, descending=True, stable=True).indices
+    mask = torch.zeros_like(scores, dtype=torch.bool)
+    mask[order[:k]] = True
+    return mask

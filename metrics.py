@@ -1,0 +1,82 @@
+"""GLUE's metrics, and calibration, from arrays.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Brier, "Verification of forecasts expressed in
+terms of probability", 1950.
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import pearsonr, spearmanr
+
+
+def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """The metrics of a GLUE task; the first is the one the task is judged by.
+
+    Args:
+        predictions, labels: (n,), class indices, or numbers for stsb.
+
+    A correlation with something constant, and F1 where there is nothing positive, is 0.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or predictions.ndim != 1 or not predictions.size:
+        raise ValueError(
+            f"metrics need as many predictions as labels: {predictions.shape} and {labels.shape}"
+        )
+    if task == "stsb":
+        constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
+        pearson, spearman = (
+            0.0 if constant else float(correlation(predictions, labels).statistic)
+            for correlation in (pearsonr, spearmanr)
+        )
+        return {"pearson_spearman": (pearson + spearman) / 2, "pearson": pearson, "spearman": spearman}
+    if task == "cola":
+        return {"matthews_correlation": _matthews(predictions, labels)}
+    accuracy = {"accuracy": float(np.mean(predictions == labels))}
+    return accuracy | {"f1": _f1(predictions, labels)} if task in ("mrpc", "qqp") else accuracy
+
+
+def _confusion(predictions: np.ndarray, labels: np.ndarray) -> tuple[int, int, int, int]:
+    """True positives, false positives, false negatives, true negatives; class 1 is positive."""
+    p, y = predictions == 1, labels == 1
+    return int((p & y).sum()), int((p & ~y).sum()), int((~p & y).sum()), int((~p & ~y).sum())
+
+
+def _matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+    tp, fp, fn, tn = _confusion(predictions, labels)
+    denominator = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / denominator**0.5 if denominator else 0.0
+
+
+def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    tp, fp, fn, _ = _confusion(predictions, labels)
+    return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+
+def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str, float]:
+    """Accuracy, NLL, ECE and Brier score of predicted probabilities.
+
+    NLL: mean of −ln p(label), with p not below float64's smallest normal number. Brier: squared error summed over classes,
+    mean over examples. ECE: examples are binned by their top probability into `bins` intervals of equal width, open on the
+    left and closed on the right; the bins' |accuracy − mean confidence|, weighted by their share of the examples.
+
+    Args:
+        probs: (n, classes), rows sum to 1.
+        labels: (n,), class indices.
+    """
+    probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    if probs.ndim != 2 or labels.shape != probs.shape[:1] or not labels.size:
+        raise ValueError(f"calibration needs (n, classes) and (n,), not {probs.shape} and {labels.shape}")
+    n, classes = probs.shape
+    p_label = probs[np.arange(n), labels]
+    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
+    # right=True: edges[i - 1] < confidence <= edges[i]. Multiples of 1/bins in one rounding, as a literal 0.3 has.
+    bin_of = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
+    gap = np.bincount(
+        bin_of, weights=right - confidence, minlength=bins
+    )  # n_bin·(accuracy − mean confidence)
+    return {
+        "accuracy": float(right.mean()),
+        "nll": float(-np.log(np.maximum(p_label, np.finfo(np.float64).tiny)).mean()),
+        "ece": float(np.abs(gap).sum() / n),
+        "brier": float(((probs - np.eye(classes)[labels]) ** 2).sum(axis=1).mean()),
+    }

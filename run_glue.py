@@ -1,0 +1,594 @@
+"""Fine-tune an encoder on a GLUE task with adaptive low-rank adapters, scored by the posterior.
+
+    python run_glue.py --demo                                        # embedded model and data, about a minute
+    python run_glue.py --task cola --optimizer ivon --score mu       # the paper's setting: DeBERTaV3-base, from the Hub
+    python run_glue.py --task cola --optimizer adamw --score sensitivity                    # AdaLoRA as published
+    python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue        # local folders
+
+Settings that are not given are the papers' for the task (glue.py). What a run leaves behind: README.md.
+
+Exit status: 0 done; 2 a usage or input error; 3 the loss or a parameter was not finite; 130 interrupted.
+"""
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn.functional as F
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
+
+from adalora import HEADS, TARGETS, SVDLinear, inject, linear_maps, orthogonality_penalty
+from budget import CubicBudget
+from glue import DEMO, TASKS, Task, check_hub, load_task
+from ivon import IVON
+from metrics import task_metrics
+from scores import SCORES
+from vilora import RankAllocator
+
+HERE = Path(__file__).resolve().parent
+MODEL = "microsoft/deberta-v3-base"
+CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
+    "config": ("config.json",),
+    "weights": ("*.safetensors", "pytorch_model*.bin"),
+    "tokenizer": ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json", "*.model"),
+}
+BETA1, WEIGHT_DECAY = 0.9, 1e-8  # IVON's in the papers
+FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
+
+
+class UsageError(Exception):
+    """Something the user can mend: one line on stderr, exit status 2."""
+
+
+class NotFinite(Exception):
+    """Training has broken down: one line on stderr, exit status 3."""
+
+
+# ---- settings ----------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line, with whatever the task's settings say where a flag was not given."""
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(message)
+
+    parser = Parser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--task", choices=TASKS, help="required, but with --demo")
+    add("--method", choices=["adalora"], default="adalora")
+    add("--optimizer", choices=["ivon", "adamw"], default="ivon")
+    add(
+        "--score",
+        choices=SCORES,
+        default="mu",
+        help="; ".join(f"{name}: {s.about}" for name, s in SCORES.items()),
+    )
+    add(
+        "--target_rank",
+        type=number(0),
+        default=2.0,
+        help="average rank kept, may be fractional; 0 trains the head alone",
+    )
+    add(
+        "--init_rank",
+        type=whole(0),
+        help="rank at the start (1.5 × target, rounded, but 1 at least for a target above 0)",
+    )
+    add(
+        "--targets",
+        nargs="+",
+        metavar="NAME",
+        help="ends of the adapted linear maps' names (known for " + ", ".join(TARGETS) + ")",
+    )
+    add("--model", help=f"a Hub name or a local checkpoint folder ({MODEL})")
+    add("--data_dir", type=Path, help="a folder in GLUE's own layout (the Hub's copy)")
+    add("--demo", action="store_true", help="the embedded model and data: no download")
+    add("--seed", type=whole(0), default=2021)
+    add("--epochs", type=number(above=0))
+    add("--max_steps", type=whole(1), help="updates in all, instead of epochs")
+    add("--batch_size", type=whole(1), default=32, help="examples in a forward pass")
+    add("--grad_accum", type=whole(1), default=1, help="forward passes in an update")
+    add(
+        "--lr",
+        type=number(above=0),
+        help="one warm-up to this, then linear decay; IVON's first phase is left out",
+    )
+    add("--max_length", type=whole(4), help="tokens")
+    add("--eval_every", type=whole(1), help="updates")
+    add("--eval_batch_size", type=whole(1), default=128)
+    add("--mc_samples", type=whole(1), default=1, help="IVON's draws in an update")
+    add("--ess", type=number(above=0), help="IVON's effective sample size (the number of training examples)")
+    add("--hess_init", type=number(above=0), default=1.0, help="IVON's h0")
+    add("--beta2", type=number(0, below=1), default=0.99999, help="IVON's")
+    add("--clip_radius", type=number(above=0), default=1e-3, help="IVON's ξ")
+    add("--orth", type=number(0), help="γ, weight of the orthogonality penalty")
+    add("--tinit", type=whole(0), help="t_i, updates before pruning starts")
+    add("--tfinal", type=whole(0), help="t_f, updates with the final pattern")
+    add("--delta_t", type=whole(1), help="ΔT, updates between two allocations")
+    add("--alpha", type=number(above=0), help="adapters are scaled by alpha / init_rank")
+    add("--device", help="cpu, cuda, cuda:1, mps, … (cuda if there is one)")
+    add("--output_dir", type=Path, help="(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)")
+    add("--overwrite", action="store_true", help="replace a finished run in the output folder")
+    args = parser.parse_args(argv)
+
+    if args.demo:
+        if args.task not in (None, "cola"):
+            raise UsageError(f"--demo has the task cola, not {args.task}: leave --task out, or --demo")
+        if args.model or args.data_dir:
+            raise UsageError(
+                "--demo brings its own model and data: leave out --model and --data_dir, or --demo"
+            )
+        args.task, args.model, args.data_dir = "cola", str(HERE / "demo/model"), HERE / "demo"
+    if args.task is None:
+        raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
+    if SCORES[args.score].needs == "sigma" and args.optimizer != "ivon":
+        raise UsageError(
+            f"--score {args.score} needs σ, which {args.optimizer} has not: use --optimizer ivon or another score"
+        )
+    if args.init_rank is None:
+        args.init_rank = max(math.floor(1.5 * args.target_rank + 0.5), math.ceil(args.target_rank))
+    if args.target_rank > args.init_rank:
+        raise UsageError(
+            f"--target_rank {args.target_rank:g} is above the start, --init_rank {args.init_rank}"
+        )
+    args.model = args.model or MODEL
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    settings = (DEMO if args.demo else TASKS[args.task]).settings
+    for name in ("max_length", "epochs", "eval_every", "alpha", "orth"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(settings, name))
+    if args.mc_samples > 1 and args.optimizer != "ivon":
+        raise UsageError(f"--mc_samples needs a posterior to draw from, which {args.optimizer} has not")
+    name = f"{args.task}-{args.method}-{args.optimizer}-{args.score}-r{args.target_rank:g}-s{args.seed}"
+    args.output_dir = args.output_dir or Path("runs") / name
+    return args
+
+
+def number(
+    least: float = -math.inf, *, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], float]:
+    """An argparse type: a finite number in [least, below), and above `above`."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not (math.isfinite(value) and least <= value < below and value > above):
+            bounds = [f"{least:g} or more"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+            bounds += [f"below {below:g}"] * (below < math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is not a number {' and '.join(bounds)}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `least`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def plan(args: argparse.Namespace, task: Task, train_size: int, modules: int) -> CubicBudget:
+    """Fill in what depends on the run's length, and return its budget.
+
+    When the run is longer or shorter than the papers' (epochs, batch size, data), t_i, t_f, ΔT and the phases of the
+    learning rate grow or shrink with it, unless they were given by hand.
+    """
+    per_epoch = math.ceil(train_size / (args.batch_size * args.grad_accum))
+    args.total_steps = args.max_steps or math.ceil(args.epochs * per_epoch)
+
+    def scaled(steps: int) -> int:
+        return steps * args.total_steps // task.total_steps
+
+    settings, ivon = task.settings, args.optimizer == "ivon"
+    args.warmup_steps = scaled(settings.warmup_ivon if ivon else settings.warmup_adamw)
+    two_phases = ivon and args.lr is None
+    args.first_lr, args.first_steps = (
+        (settings.first_lr, scaled(settings.first_steps)) if two_phases else (0.0, 0)
+    )
+    args.lr = args.lr or (settings.lr_ivon if ivon else settings.lr_adamw)
+    args.tinit = scaled(settings.tinit) if args.tinit is None else args.tinit
+    args.tfinal = scaled(settings.tfinal) if args.tfinal is None else args.tfinal
+    args.delta_t = max(1, scaled(settings.delta_t)) if args.delta_t is None else args.delta_t
+    args.ess = args.ess or float(train_size)
+    initial, target = args.init_rank * modules, round(args.target_rank * modules)
+    try:
+        return CubicBudget(initial, target, args.total_steps, args.tinit, args.tfinal, args.delta_t)
+    except ValueError as error:
+        raise UsageError(f"{error} (--tinit, --tfinal, --target_rank, --init_rank)") from None
+
+
+def learning_rate(
+    t: int, total_steps: int, peak: float, warmup: int, first_lr: float = 0.0, first_steps: int = 0
+) -> float:
+    """The learning rate of the update that comes after t finished ones.
+
+    Up from 0 over `warmup` updates, then linearly down to 0. With a first phase: up to `first_lr`, held until t is
+    `first_steps`, and down from `peak` there.
+    """
+    if t < warmup:
+        return (first_lr if first_steps else peak) * t / warmup
+    if t < first_steps:
+        return first_lr
+    start = max(warmup, first_steps)
+    return peak * (total_steps - t) / (total_steps - start)
+
+
+# ---- model and data -----------------------------------------------------------------------------------------
+
+
+def load_model(
+    name: str, classes: int
+) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+    """Tokenizer, and encoder with a new head of `classes` outputs in float32, from the Hub or a local folder."""
+    if Path(name).is_dir():
+        for what, patterns in CHECKPOINT_FILES.items():
+            if not any(any(Path(name).glob(pattern)) for pattern in patterns):
+                raise UsageError(
+                    f"--model {name} has no {what}: a checkpoint folder has {' or '.join(patterns)}"
+                )
+    elif len(Path(name).parts) > 2 or name.startswith((".", "~")):
+        raise UsageError(f"--model {name} does not exist: give a checkpoint folder, or a name on the Hub")
+    else:
+        check_hub()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=classes,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (
+        Exception
+    ) as error:  # a damaged or foreign checkpoint makes the libraries raise all sorts of things
+        raise UsageError(f"--model {name} cannot be loaded: {' '.join(str(error).split())}") from error
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if absent := sorted(key for key in absent if HEADS.isdisjoint(key.split("."))):
+        raise UsageError(
+            f"--model {name} has not all of its encoder's weights: {absent[0]} is missing or misshapen"
+        )
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings or tokenizer.pad_token is None:
+        raise UsageError(
+            f"--model {name} has a tokenizer that does not fit its weights ({len(tokenizer)} tokens)"
+        )
+    return tokenizer, model
+
+
+def tokenize(
+    dataset: Mapping[str, list], task: Task, tokenizer: transformers.PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict], Tensor]:
+    """Each example's token ids, unpadded, and all labels (n,), int64 or for regression float32."""
+    encoded = tokenizer(
+        *(list(dataset[column]) for column in task.text), truncation=True, max_length=max_length
+    )
+    features = [dict(zip(encoded, example, strict=True)) for example in zip(*encoded.values(), strict=True)]
+    return features, torch.tensor(dataset["label"], dtype=torch.int64 if task.labels else torch.float32)
+
+
+def shuffled_batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Batches of indices, epoch after epoch; the last of an epoch may be smaller."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(n, generator=generator).split(size)
+
+
+def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy, or for regression the mean squared error of the one output."""
+    if labels.is_floating_point():
+        return F.mse_loss(logits.squeeze(-1), labels)
+    return F.cross_entropy(logits, labels)
+
+
+@torch.inference_mode()
+def predict(
+    model: transformers.PreTrainedModel,
+    features: list[dict],
+    collate: DataCollatorWithPadding,
+    batch_size: int,
+) -> Tensor:
+    """The logits, (n, outputs) on the CPU in the order of `features`; batches are made of examples of like length."""
+    training = model.training
+    model.eval()
+    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    logits = [model(**collate([features[i] for i in batch]).to(model.device)).logits for batch in batches]
+    model.train(training)
+    return torch.cat(logits)[torch.tensor(order).argsort()].cpu()
+
+
+def evaluate(
+    model: transformers.PreTrainedModel,
+    splits: dict,
+    args: argparse.Namespace,
+    collate: DataCollatorWithPadding,
+) -> dict[str, dict[str, float]]:
+    """The task's metrics on each of its validation splits."""
+    scores = {}
+    for split, (features, labels) in splits.items():
+        logits = predict(model, features, collate, args.eval_batch_size)
+        predictions = logits.squeeze(-1) if labels.is_floating_point() else logits.argmax(-1)
+        scores[split] = task_metrics(args.task, predictions.numpy(), labels.numpy())
+    return scores
+
+
+# ---- what a run leaves behind ------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: dict) -> None:
+    """All of it or nothing: written beside and renamed."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file; all of it or nothing."""
+    beside = path.with_name(path.name + ".new")
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    os.replace(beside, path)
+
+
+def living(name: str, tensor: Tensor, layers: dict[str, SVDLinear]) -> Tensor:
+    """Of an adapter's P, lam or Q, or a tensor of its shape, the part that belongs to living triplets."""
+    module, _, part = name.rpartition(".")
+    if module not in layers:
+        return tensor
+    alive = layers[module].alive
+    return tensor[:, alive] if part == "P" else tensor[alive]
+
+
+def save_adapter(
+    folder: Path,
+    model: transformers.PreTrainedModel,
+    layers: dict[str, SVDLinear],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Adapter and head into adapter.safetensors; where the optimizer has a posterior, its σ into posterior.safetensors."""
+    folder.mkdir(exist_ok=True)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    write_tensors(
+        folder / "adapter.safetensors", {name: living(name, p, layers) for name, p in trained.items()}
+    )
+    if isinstance(optimizer, IVON):
+        sigmas = dict(zip(trained, optimizer.sigmas(list(trained.values())), strict=True))
+        write_tensors(
+            folder / "posterior.safetensors", {name: living(name, s, layers) for name, s in sigmas.items()}
+        )
+
+
+def rank_grid(ranks: dict[str, int]) -> str:
+    """Ranks by adapter as a table, a row a layer and a column a module."""
+    rows: dict[str, dict[str, int]] = {}
+    for name, rank in ranks.items():
+        parts = name.split(".")
+        number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
+        rows.setdefault(parts[number] if number >= 0 else "", {})[".".join(parts[number + 1 :])] = rank
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["layer  " + "  ".join(columns)]
+    for layer, row in rows.items():
+        lines.append(
+            f"{layer:>5}  " + "  ".join(str(row.get(column, "")).rjust(len(column)) for column in columns)
+        )
+    return "\n".join(lines)
+
+
+def provenance(device: torch.device) -> dict:
+    """What else decides a result: versions, code, hardware."""
+    git = subprocess.run(
+        ["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    return {
+        "versions": {"python": sys.version.split()[0], **versions},
+        "git_commit": git.stdout.strip() or None,
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that tensors took on a CUDA device, or on others that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
+# ---- the run -------------------------------------------------------------------------------------------------
+
+
+def run(args: argparse.Namespace) -> None:
+    # Load.
+    task = DEMO if args.demo else TASKS[args.task]
+    if (args.output_dir / "results.json").exists() and not args.overwrite:
+        raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
+    try:
+        device = torch.empty(0, device=args.device).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
+    try:
+        dataset = load_task(args.task, args.data_dir)
+        torch.manual_seed(args.seed)
+        tokenizer, model = load_model(args.model, len(task.labels) or 1)
+    except ConnectionError as error:
+        raise UsageError(f"{error}; use --demo, or local folders with --model and --data_dir") from None
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+    # Inject: the encoder is frozen, adapters and head are trained.
+    targets = args.targets or TARGETS.get(model.config.model_type)
+    if targets is None:
+        raise UsageError(
+            f"--targets is needed for a {model.config.model_type} model: it has {', '.join(linear_maps(model))}"
+        )
+    try:
+        layers = inject(model, targets, args.init_rank, args.alpha)
+    except ValueError as error:
+        raise UsageError(f"--targets: {error}") from None
+    for name, p in model.named_parameters():
+        if not HEADS.isdisjoint(name.split(".")):
+            p.requires_grad_(True)
+    model.to(device).train()
+
+    collate = DataCollatorWithPadding(tokenizer)
+    features, labels = tokenize(dataset["train"], task, tokenizer, args.max_length)
+    labels = labels.to(device)
+    validation = {s: tokenize(dataset[s], task, tokenizer, args.max_length) for s in task.validation}
+
+    # Optimize: the learning rate is set before each update.
+    budget = plan(args, task, len(features), len(layers))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if args.optimizer == "ivon":
+        optimizer = IVON(
+            trained,
+            args.lr,
+            args.ess,
+            args.hess_init,
+            BETA1,
+            args.beta2,
+            WEIGHT_DECAY,
+            clip_radius=args.clip_radius,
+        )
+    else:
+        optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.0)
+    allocator = RankAllocator(layers, budget, args.score, optimizer)
+
+    # Record.
+    folder = args.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("results.json", "metrics.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+        shutil.rmtree(folder / "adapter", ignore_errors=True)
+        settings = {
+            name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+        }
+        write_json(folder / "config.json", settings | provenance(device))
+        journal = (folder / "metrics.jsonl").open("w", buffering=1)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be written to: {error.strerror}") from None
+
+    start, evaluating, pending, best, last = time.perf_counter(), 0.0, [], None, None
+    batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed)
+    progress = tqdm(
+        range(1, args.total_steps + 1), desc=args.task, unit="step", mininterval=1, dynamic_ncols=True
+    )
+    for t in progress:
+        # One update: mc_samples draws, each over the same grad_accum micro-batches.
+        lr = learning_rate(
+            t - 1, args.total_steps, args.lr, args.warmup_steps, args.first_lr, args.first_steps
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batch = next(batches)
+        loss = torch.zeros((), device=device)
+        for _ in range(args.mc_samples):
+            with optimizer.sampled_params(train=True) if args.optimizer == "ivon" else nullcontext():
+                for micro in batch.split(args.batch_size):
+                    inputs = collate([features[i] for i in micro]).to(device)
+                    micro_loss = task_loss(model(**inputs).logits, labels[micro]) * (len(micro) / len(batch))
+                    micro_loss.backward()
+                    loss += micro_loss.detach() / args.mc_samples
+                (args.orth * orthogonality_penalty(layers)).backward()
+        optimizer.step()
+        allocator.step(t)
+        optimizer.zero_grad()
+
+        pending.append({"step": t, "loss": loss, "lr": lr, "budget": budget(t)})
+        at_evaluation = t % args.eval_every == 0 or t == args.total_steps
+        if at_evaluation or len(pending) == FLUSH_EVERY:
+            losses = torch.stack([record["loss"] for record in pending]).tolist()
+            for record, value in zip(pending, losses, strict=True):
+                journal.write(json.dumps(record | {"loss": value}) + "\n")
+            if not all(map(math.isfinite, losses)):
+                bad = next(r["step"] for r, v in zip(pending, losses, strict=True) if not math.isfinite(v))
+                raise NotFinite(f"the loss is not finite at step {bad} (lr {lr:g})")
+            progress.set_postfix(
+                loss=f"{sum(losses) / len(losses):.3f}", best=best and f"{best[task.metric]:.4f}"
+            )
+            pending = []
+        if at_evaluation:
+            began = time.perf_counter()
+            if not torch.isfinite(torch.nn.utils.parameters_to_vector(trained)).all():
+                raise NotFinite(f"a parameter is not finite at step {t} (lr {lr:g})")
+            last = {"step": t}
+            for split, scores in evaluate(model, validation, args, collate).items():
+                journal.write(json.dumps({"step": t, "split": split, **scores}) + "\n")
+                ending = "" if split == task.validation[0] else "_" + split.removeprefix("validation_")
+                last |= {metric + ending: score for metric, score in scores.items()}
+            if best is None or last[task.metric] > best[task.metric]:
+                best = last
+                save_adapter(folder / "adapter", model, layers, optimizer)
+            evaluating += time.perf_counter() - began
+    journal.close()
+
+    seconds = time.perf_counter() - start
+    ranks = allocator.ranks()
+    sizes = {
+        name: layer.P.shape[0] + 1 + layer.Q.shape[1] for name, layer in layers.items()
+    }  # of one triplet
+    results = {
+        name: getattr(args, name) for name in ("task", "method", "optimizer", "score", "seed", "demo")
+    } | {
+        "metric": task.metric,
+        "best": best,
+        "last": last,
+        "ranks": ranks,
+        "budget": {"b0": budget.initial, "bT": budget.target, "kept": sum(ranks.values())},
+        "trainable_parameters": sum(args.init_rank * size for size in sizes.values()),
+        "kept_parameters": sum(ranks[name] * size for name, size in sizes.items()),
+        "seconds": seconds,
+        "steps_per_second": args.total_steps / (seconds - evaluating),
+        "peak_memory_mb": peak_memory_mb(device),
+    }
+    write_json(folder / "results.json", results)
+    print(f"best {task.metric} {best[task.metric]:.4f} at step {best['step']}, last {last[task.metric]:.4f}")
+    print(f"kept {budget.target} of {budget.initial} triplets; rank of each adapter:\n{rank_grid(ranks)}")
+    print(f"results in {folder}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        run(parse_args(argv))
+    except UsageError as error:
+        print(f"run_glue.py: error: {error}", file=sys.stderr)
+        return 2
+    except NotFinite as error:
+        print(f"run_glue.py: stopped: {error}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("run_glue.py: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,149 @@
+"""Which triplets live: scores + budget + posterior, for all adapters of a model at once.
+
+    allocator = RankAllocator(layers, CubicBudget(...), score="mu", optimizer=optimizer)
+    for t in range(1, T + 1):
+        ...backward...
+        optimizer.step()
+        allocator.step(t)
+        optimizer.zero_grad()
+
+[A] Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023.
+[C] Chen and Garner, "A Bayesian Interpretation of Adaptive Low-Rank Adaptation", arXiv 2409.10673.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from adalora import SVDLinear
+from budget import CubicBudget, keep_top
+from scores import SCORES, SensitivityEMA, triplet_scores
+
+PARTS = ("P", "lam", "Q")
+
+
+class RankAllocator:
+    """Scores every triplet and keeps the budget's number of them; the others' λ becomes 0. Source: [A] algorithm 1, [C].
+
+    Between two allocations λ keeps its gradient, so a dropped triplet can come back. With the last allocation, at
+    t = T − t_f, the pattern is fixed (`layer.alive`), and what was dropped contributes nothing any more.
+
+    Adapters of one shape are scored as one stack: n of them give tensors (n, d_out, r), (n, r), (n, r, d_in).
+
+    Args:
+        layers: what `inject` returned.
+        score: a name in SCORES.
+        optimizer: needed by a score that looks at σ: anything with `sigma(param)`, such as IVON.
+        beta1, beta2: of the smoothed sensitivity.
+
+    Raises ValueError for an unknown score, one that cannot be had, or a budget above the number of triplets.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, SVDLinear],
+        budget: CubicBudget,
+        score: str,
+        optimizer: torch.optim.Optimizer | None = None,
+        beta1: float = 0.85,
+        beta2: float = 0.85,
+    ):
+        if score not in SCORES:
+            raise ValueError(f"there is no score called {score}; there are {', '.join(SCORES)}")
+        if SCORES[score].needs == "sigma" and not hasattr(optimizer, "sigma"):
+            raise ValueError(f"the score {score} needs σ, so an optimizer that has a posterior, such as IVON")
+        triplets = sum(layer.lam.numel() for layer in layers.values())
+        if budget.initial > triplets:
+            raise ValueError(
+                f"the budget starts at {budget.initial} triplets, but the adapters have {triplets}"
+            )
+        self.layers, self.budget, self.score, self.optimizer = layers, budget, score, optimizer
+        self.ema = SensitivityEMA(beta1, beta2)
+        self.kept = {name: torch.ones_like(layer.alive) for name, layer in layers.items()}
+        self._groups: dict[tuple[int, ...], list[SVDLinear]] = defaultdict(list)
+        for layer in layers.values():
+            self._groups[(*layer.P.shape, layer.Q.shape[1])].append(layer)
+        self._fixed: tuple[list[Tensor], list[Tensor]] | None = (
+            None  # every P, λ, Q and its mask, from T − t_f on
+        )
+
+    @torch.no_grad()
+    def step(self, t: int) -> None:
+        """After the optimizer's step of update t (counted from 1), while `p.grad` is still there."""
+        if self.score == "sensitivity" and t <= self.budget.last_allocation:
+            for group, layers in self._groups.items():
+                for part in PARTS:
+                    theta, grad = _parameters(layers, part)
+                    self.ema.update((*group, part), torch.stack(theta), torch.stack(grad))
+        if self.budget.due(t):
+            self._allocate(self.budget(t))
+        if t >= self.budget.last_allocation:
+            self._hold_dropped_at_zero()
+
+    def ranks(self) -> dict[str, int]:
+        """How many triplets of each adapter the last allocation kept (before the first: all)."""
+        return {name: int(kept.sum()) for name, kept in self.kept.items()}
+
+    @torch.no_grad()
+    def triplet_scores(self) -> dict[str, Tensor]:
+        """Every triplet's score now, (r,) by adapter."""
+        scores = {}
+        for group, layers in self._groups.items():
+            s_lam = self._elementwise(group, "lam")
+            if self.score == "lambda":
+                S = s_lam
+            else:
+                S = triplet_scores(self._elementwise(group, "P"), s_lam, self._elementwise(group, "Q"))
+            scores.update(zip(layers, S, strict=True))
+        return {name: scores[layer] for name, layer in self.layers.items()}
+
+    def state_dict(self) -> dict:
+        return {"ema": self.ema.state_dict(), "kept": dict(self.kept)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.ema.load_state_dict(state["ema"])
+        for name, kept in self.kept.items():
+            kept.copy_(state["kept"][name])
+        self._fixed = None
+
+    def _elementwise(self, group: tuple[int, ...], part: str) -> Tensor:
+        """s(θ) of one part of all adapters in a group, stacked."""
+        if self.score == "sensitivity":
+            return self.ema.score((*group, part))
+        params, grads = _parameters(self._groups[group], part)
+        needs, second = SCORES[self.score].needs, None
+        if needs == "gradient":
+            second = torch.stack(grads)
+        elif needs == "sigma":
+            # IVON computes many σ together; sigma() alone is all that is asked of another optimizer.
+            together = getattr(
+                self.optimizer, "sigmas", lambda params: [self.optimizer.sigma(p) for p in params]
+            )
+            second = torch.stack(together(params))
+        return SCORES[self.score].function(torch.stack(params), second)
+
+    def _allocate(self, b: int) -> None:
+        """Keep the b best triplets of the model and set the others' λ to 0."""
+        mask = keep_top(torch.cat(list(self.triplet_scores().values())), b)
+        kept = mask.split([layer.lam.numel() for layer in self.layers.values()])
+        torch._foreach_copy_(list(self.kept.values()), kept)
+        torch._foreach_mul_([layer.lam for layer in self.layers.values()], kept)
+
+    def _hold_dropped_at_zero(self) -> None:
+        """The pattern is final: momentum and decay must not move what is dropped, whatever the optimizer."""
+        if self._fixed is None:
+            params, masks = [], []
+            for layer, kept in zip(self.layers.values(), self.kept.values(), strict=True):
+                layer.alive.copy_(kept)
+                params += [layer.P, layer.lam, layer.Q]
+                masks += [kept, kept, kept.unsqueeze(1)]
+            self._fixed = params, masks
+        torch._foreach_mul_(*self._fixed)
+
+
+def _parameters(layers: list[SVDLinear], part: str) -> tuple[list[Tensor], list[Tensor]]:
+    """One part ("P", "lam" or "Q") of each adapter, and its gradient (0 where it has none)."""
+    params = [getattr(layer, part) for layer in layers]
+    return params, [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
