@@ -1,4 +1,4 @@
-"""Low-rank adapters: SVD-parameterised (AdaLoRA) and plain (LoRA), their injection, and the orthogonality penalty.
+"""Low-rank adapters, SVD-parameterised (AdaLoRA) and plain (LoRA): injection and orthogonality penalty.
 
     layers = inject(model, TARGETS["deberta-v2"], rank=3, alpha=32)     # {module name: SVDLinear}
     loss = task_loss + gamma * orthogonality_penalty(layers)
@@ -29,9 +29,10 @@ HEADS = {"pooler", "classifier", "pre_classifier", "score", "lm_head", "cls", "q
 class SVDLinear(nn.Module):
     """y = base(x) + s·P Λ Q x with Λ = diag(λ), s = alpha/r a constant. Source: [A] eq. 3.
 
-    Shapes: P (d_out, r), lam = λ (r,), Q (r, d_in). P, Q ~ N(0, 0.02²) and λ = 0, so a fresh adapter changes nothing.
-    `alive` (r,) says which triplets take part: all of them, until whoever allocates the budget decides for good. A
-    triplet that is not alive contributes nothing and gets no gradient, whatever its entries are.
+    Shapes: P (d_out, r), lam = λ (r,), Q (r, d_in). P, Q ~ N(0, 0.02²) and λ = 0, so a fresh adapter changes
+    nothing. `alive` (r,) says which triplets take part: all of them, until whoever allocates the budget
+    decides for good. A triplet that is not alive contributes nothing and gets no gradient, whatever its
+    entries are.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -55,7 +56,7 @@ class SVDLinear(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + s·B A x with s = alpha/r. Shapes: B (d_out, r), starts at 0; A (r, d_in). Source: [H] eq. 3."""
+    """y = base(x) + s·B A x with s = alpha/r. Shapes: B = 0 (d_out, r), A (r, d_in). Source: [H] eq. 3."""
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
@@ -81,16 +82,16 @@ KINDS = {"svd": SVDLinear, "lora": LoRALinear}
 def inject(
     model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0, kind: str = "svd"
 ) -> dict[str, nn.Module]:
-    """Freeze `model` and put a trainable adapter around every linear map that `targets` names, heads left out.
+    """Freeze `model` and put a trainable adapter around each linear map of the encoder in `targets`.
 
     Args:
-        targets: ends of module names, whole dotted parts ("output.dense" is not "pooler.dense"); TARGETS has those of
-            the known architectures.
+        targets: ends of module names, whole dotted parts ("output.dense" is not "pooler.dense"); TARGETS has
+            those of the known architectures.
         rank: r at the start; 0 gives SVD adapters with nothing in them.
         kind: "svd" or "lora".
 
-    Returns the adapters by module name, in the model's order. Raises ValueError, the model untouched, for a target that
-    names no linear map.
+    Returns the adapters by module name, in the model's order. Raises ValueError, the model untouched, for a
+    target that names no linear map.
     """
     targets = tuple(targets)
     found, missed = {}, set(targets)
@@ -114,7 +115,7 @@ def inject(
 
 
 def linear_maps(model: nn.Module) -> list[str]:
-    """The names of the linear maps outside the heads, without the layer they are in: what `targets` can be."""
+    """What `targets` can be: names of linear maps outside the heads, without the layer they are in."""
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     inside = [name for name in names if HEADS.isdisjoint(name.split("."))]
     # After the last number: "encoder.layer.3.attention.self.key" → "attention.self.key".
@@ -129,9 +130,9 @@ def _after_last_number(parts: list[str]) -> list[str]:
 def orthogonality_penalty(layers: Mapping[str, SVDLinear], squared: bool = False) -> Tensor:
     """How far P's columns and Q's rows are from orthonormal: a scalar.
 
-    The mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all P and Q, as in the authors' code, for which the published γ are
-    meant; with `squared` the sum of their squares, as the paper writes it ([A] eq. 4). Triplets that are no longer alive
-    are left out of P, Q and I. The norm's gradient at an orthonormal matrix is 0.
+    The mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all P and Q, as in the authors' code, for which the published
+    γ are meant; with `squared` the sum of their squares, as the paper writes it ([A] eq. 4). Triplets that
+    are no longer alive are left out of P, Q and I. The norm's gradient at an orthonormal matrix is 0.
     """
     by_shape = defaultdict(list)
     for layer in layers.values():

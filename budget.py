@@ -30,14 +30,14 @@ class CubicBudget:
     ):
         if min(target, warmup_steps, final_steps) < 0:
             raise ValueError(
-                f"the target budget ({target}), t_i ({warmup_steps}) and t_f ({final_steps}) cannot be negative"
+                f"target budget ({target}), t_i ({warmup_steps}) and t_f ({final_steps}) cannot be negative"
             )
         if target > initial:
             raise ValueError(f"the target budget ({target} triplets) is above the start ({initial})")
         if warmup_steps + final_steps >= total_steps:
             raise ValueError(
-                f"t_i + t_f = {warmup_steps} + {final_steps} leaves no step to prune in: it must be less than "
-                f"the {total_steps} steps of the run"
+                f"t_i + t_f = {warmup_steps} + {final_steps} leaves no step to prune in: "
+                f"the run has {total_steps}"
             )
         if interval < 1:
             raise ValueError(f"the interval ΔT between two allocations must be at least 1, not {interval}")
@@ -56,7 +56,7 @@ class CubicBudget:
         return self.target + (self.initial - self.target) * left**3 // span**3
 
     def due(self, t: int) -> bool:
-        """Whether triplets are allocated after update t: every ΔT updates between t_i and T − t_f, and at T − t_f."""
+        """Whether triplets are allocated after update t: at multiples of ΔT up to T − t_f, and there."""
         return t == self.last_allocation or (
             self.warmup_steps < t < self.last_allocation and t % self.interval == 0
         )
@@ -65,7 +65,7 @@ class CubicBudget:
 def keep_top(scores: Tensor, k: int) -> Tensor:
     """A bool mask, (n,) like `scores`, that is True at exactly the k highest scores.
 
-    Ties go to the earlier position. A threshold at the k-th value would keep or drop all tied scores together.
+    Ties go to the earlier position; a threshold at the k-th value would keep or drop them all together.
     Raises ValueError unless 0 ≤ k ≤ n.
     """
     if not 0 <= k <= scores.numel():

@@ -3,8 +3,8 @@
     load_task("cola")                     # from the Hugging Face Hub
     load_task("cola", data_dir="glue")    # from a folder in GLUE's own layout: glue/CoLA/train.tsv, …
 
-Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", ICLR 2019.
-The settings are those of Chen and Garner, arXiv 2409.10673, who follow AdaLoRA (Zhang et al., ICLR 2023) with AdamW.
+Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", ICLR
+2019. The settings are those of Chen and Garner, arXiv 2409.10673, and with AdamW of AdaLoRA, ICLR 2023.
 """
 
 import logging
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # imported where it is needed: a look at TASKS does not have 
 log = logging.getLogger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
-HUB_SECONDS = 5  # how long the Hub may take to answer at all
+HUB_SECONDS = 3  # how long the Hub may take to answer at all
 
 
 class Settings(NamedTuple):
@@ -64,15 +64,16 @@ class Task(NamedTuple):
 
 
 # fmt: off
-SETTINGS = {  # length  epochs  AdamW: lr, warm-up  IVON: lr, warm-up, first phase  alpha  γ     t_i    t_f    ΔT   evaluate
-    "cola": Settings( 64,  25,  8e-4,   100,        0.4, 100, 2.0, 500,            32,    0.1,   800,  3500,  10,   100),
-    "stsb": Settings(128,  25,  2.2e-3, 100,        0.4, 100, 2.0, 500,            32,    0.3,   800,  2000,  10,   100),
-    "mrpc": Settings(320,  30,  1e-3,   100,        0.5, 100, 2.0, 400,            32,    0.1,   600,  1800,   1,   300),
-    "rte":  Settings(320,  50,  1.2e-3, 200,        0.5, 100, 2.0, 400,            32,    0.3,   600,  1800,   1,   100),
-    "sst2": Settings(128,  24,  8e-4,  1000,        0.4, 500, 0.0,   0,            16,    0.1,  6000, 22000, 100,  3000),
-    "qnli": Settings(512,   5,  5e-4,   500,        0.4, 500, 0.0,   0,            32,    0.1,  2000,  8000, 100,  1000),
-    "qqp":  Settings(320,   5,  8e-4,  2000,        0.4, 500, 0.0,   0,            16,    0.1,  8000, 25000, 100,  3000),
-    "mnli": Settings(256,   7,  5e-4,  1000,        0.4, 500, 0.0,   0,            16,    0.1,  8000, 50000, 100,  2000),
+SETTINGS = {
+    # length, epochs | AdamW lr, warm-up | IVON lr, warm-up, first phase | alpha, γ | t_i, t_f, ΔT | evaluate
+    "cola": Settings( 64, 25, 8e-4,    100, 0.4, 100, 2.0, 500, 32, 0.1,  800,  3500,  10,  100),
+    "stsb": Settings(128, 25, 2.2e-3,  100, 0.4, 100, 2.0, 500, 32, 0.3,  800,  2000,  10,  100),
+    "mrpc": Settings(320, 30, 1e-3,    100, 0.5, 100, 2.0, 400, 32, 0.1,  600,  1800,   1,  300),
+    "rte":  Settings(320, 50, 1.2e-3,  200, 0.5, 100, 2.0, 400, 32, 0.3,  600,  1800,   1,  100),
+    "sst2": Settings(128, 24, 8e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 6000, 22000, 100, 3000),
+    "qnli": Settings(512,  5, 5e-4,    500, 0.4, 500, 0.0,   0, 32, 0.1, 2000,  8000, 100, 1000),
+    "qqp":  Settings(320,  5, 8e-4,   2000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 25000, 100, 3000),
+    "mnli": Settings(256,  7, 5e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 50000, 100, 2000),
 }
 
 PAIR = ("sentence1", "sentence2")
@@ -87,8 +88,8 @@ TASKS = {
                  8551, ONE, MATTHEWS, SETTINGS["cola"]),
     "sst2": Task("SST-2", ("sentence",), ("sentence", "label"), ("negative", "positive"), DIGITS,
                  67349, ONE, "accuracy", SETTINGS["sst2"]),
-    "mrpc": Task("MRPC", PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"), DIGITS,
-                 3668, ONE, "accuracy", SETTINGS["mrpc"]),
+    "mrpc": Task("MRPC", PAIR, ("#1 String", "#2 String", "Quality"), ("not_equivalent", "equivalent"),
+                 DIGITS, 3668, ONE, "accuracy", SETTINGS["mrpc"]),
     "stsb": Task("STS-B", PAIR, (*PAIR, "score"), (), (),
                  5749, ONE, "pearson_spearman", SETTINGS["stsb"]),
     "qqp":  Task("QQP", ("question1", "question2"), ("question1", "question2", "is_duplicate"),
@@ -102,7 +103,7 @@ TASKS = {
                  2490, ONE, "accuracy", SETTINGS["rte"]),
 }
 # fmt: on
-# The embedded model and data of demo/: CoLA's files, and settings for an encoder a thousandth of DeBERTaV3's size.
+# The embedded model and data of demo/: CoLA's files, and settings for a far smaller encoder than DeBERTaV3.
 DEMO = TASKS["cola"]._replace(
     train_size=2400,
     settings=SETTINGS["cola"]._replace(epochs=16, lr_adamw=5e-3, lr_ivon=0.4, tinit=150, tfinal=600),
@@ -111,21 +112,25 @@ COLA_COLUMNS = ["source", "label", "star", "sentence"]  # its train.tsv and dev.
 
 
 def load_task(task: str, data_dir: str | Path | None = None) -> dict[str, "Dataset"]:
-    """A task's splits: "train", "validation" (mnli: "…_matched" and "…_mismatched"), and "test" where there is one.
+    """A task's splits: "train", "validation" (mnli: "…_matched", "…_mismatched"), and "test" if there is one.
 
     Columns: the task's `text`, "label" (class index, for stsb a float; −1 in a test split) and "idx".
 
     Args:
         data_dir: a folder in GLUE's own layout; without it, the Hub's copy.
 
-    Raises OSError where a file is missing or the Hub does not answer, ValueError ("file:line: what") where a file is not
-    as it should be.
+    Raises OSError where a file is missing or the Hub does not answer, ValueError ("file:line: what") where a
+    file is not as it should be.
     """
+    if data_dir is None:
+        check_hub()
     from datasets import Dataset, load_dataset
 
     if data_dir is None:
-        check_hub()
-        return dict(load_dataset(HUB_DATASET, task))
+        try:
+            return dict(load_dataset(HUB_DATASET, task))
+        except Exception as error:  # of half a dozen libraries
+            raise ConnectionError(f"{HUB_DATASET} does not come from the Hub: {error}") from error
     folder, validation = Path(data_dir) / TASKS[task].folder, TASKS[task].validation
     splits = {}
     for split in ("train", *validation, *(name.replace("validation", "test") for name in validation)):
@@ -144,7 +149,7 @@ def load_task(task: str, data_dir: str | Path | None = None) -> dict[str, "Datas
 
 
 def check_hub() -> None:
-    """Raise ConnectionError if the Hugging Face Hub does not answer within a few seconds (its client tries for minutes).
+    """Raise ConnectionError if the Hub does not answer within seconds; its own client goes on for minutes.
 
     Nothing is asked when HF_HUB_OFFLINE is set: then the local cache has to do.
     """
@@ -173,8 +178,8 @@ def check_hub() -> None:
 def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict]:
     """The examples of one of GLUE's TSV files, in order. Raises ValueError as `load_task` does.
 
-    The files are not quoted: a quotation mark is a character like others. A byte-order mark, Windows line ends and a
-    missing last line end are all found in copies of GLUE.
+    The files are not quoted: a quotation mark is a character like others. A byte-order mark, Windows line
+    ends and a missing last line end are all found in copies of GLUE.
     """
     columns, text = TASKS[task].file_columns, TASKS[task].text
     *text_columns, label_column = columns
@@ -208,7 +213,7 @@ def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict
 
 
 def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number, counted from 1, and fields. Only \n ends a line: a sentence may hold what else Unicode calls one."""
+    """Line number from 1, and fields. Only \\n ends a line; Unicode's other ends are a sentence's own."""
     with path.open(encoding="utf-8-sig", newline="\n") as file:
         try:
             for line, row in enumerate(file, start=1):
@@ -218,7 +223,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _label(task: str, written: str) -> int | float:
-    """A label as the files write it → class index, or the number itself for stsb. ValueError if it is not one."""
+    """A label as the files write it → class index, or for stsb the number. ValueError if it is not one."""
     allowed = TASKS[task].file_labels
     if allowed:
         if written not in allowed:

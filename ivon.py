@@ -7,9 +7,10 @@
             loss(model(x), y).backward()        # several micro-batches in one block share one draw
         opt.step()                              # several blocks before a step: the mean of these samples
 
-The posterior is q(θ) = N(m, diag(σ²)) with σ² = 1/(ess·(h + δ)). Outside a sampled block the parameters are the mean m.
-Per parameter, `state[p]` holds the momentum `g` and the Hessian estimate `h`. The arithmetic is done on one flat vector
-for all parameters of one group, dtype and device, so a step is a few dozen operations whatever the model.
+The posterior is q(θ) = N(m, diag(σ²)) with σ² = 1/(ess·(h + δ)). Outside a sampled block the parameters are
+the mean m. Per parameter, `state[p]` holds the momentum `g` and the Hessian estimate `h`. The arithmetic is
+done on one flat vector for all parameters of one group, dtype and device, so a step is a few dozen operations
+whatever the model.
 
 [S] Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024.
 """
@@ -37,7 +38,7 @@ def hessian_estimate(g_hat: Tensor, deviation: Tensor, sigma: Tensor) -> Tensor:
 
 
 def updated_hessian(h: Tensor, h_hat: Tensor, beta2: float, delta: float) -> Tensor:
-    """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ): positive whatever the sign of ĥ. Source: [S] algorithm 1."""
+    """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ): positive whatever ĥ is. Source: [S] algorithm 1."""
     change = (1 - beta2) * (h_hat - h)
     return h + change + 0.5 * change**2 / (h + delta)
 
@@ -51,18 +52,18 @@ class IVON(torch.optim.Optimizer):
     """Improved variational online Newton.
 
     Args:
-        params: parameters, or groups of them; a group can have its own value of all settings but mc_samples and sync.
+        params: parameters, or groups of them, which can differ in every setting but mc_samples and sync.
         lr: step size; α = lr·(h0 + δ) with `rescale_lr`, else α = lr.
-        ess: effective sample size λ, by default of the papers the size of the training set. Larger: a narrower posterior.
-        hess_init: h0 > 0. Larger: a narrower posterior at the start, and an h that moves less against its own size.
+        ess: effective sample size λ; in the papers the training set's. Larger: a narrower posterior.
+        hess_init: h0 > 0. Larger: a narrower posterior at the start, and an h slower to forget it.
         beta1: decay of the gradient's average g.
-        beta2: decay of the Hessian's average h. Its memory is 1/(1 − beta2) steps: for σ to become informative within a
-            run that should be well below the run's length.
+        beta2: decay of the Hessian's average h. Its memory is 1/(1 − beta2) steps: for σ to become
+            informative within a run that should be well below the run's length.
         weight_decay: δ ≥ 0, the prior's precision divided by ess.
-        mc_samples: how often `step(closure)` calls its closure; without a closure `step` averages the blocks it finds.
+        mc_samples: how often `step` calls a closure; without one it averages the blocks it finds.
         hess_approx: "price", ĥ = ĝ·(θ − m)/σ², or "gradsq", ĥ = ess·ĝ².
         clip_radius: ξ, the largest change of a parameter in one step, in units of α.
-        sync: average ĝ and ĥ over all processes of torch.distributed before the update; each draws for itself.
+        sync: average ĝ and ĥ over the processes of torch.distributed, each of which draws for itself.
         debias: ḡ = g/(1 − β1^t), else ḡ = g.
         rescale_lr: see lr.
 
@@ -114,11 +115,12 @@ class IVON(torch.optim.Optimizer):
 
     @contextmanager
     def sampled_params(self, train: bool = False, temperature: float = 1.0) -> Iterator[None]:
-        """For the length of the block every parameter is a draw from N(m, diag(τσ²)); afterwards it is exactly m again.
+        """For the length of the block θ is a draw from N(m, diag(τσ²)); afterwards it is exactly m again.
 
-        With `train`, the gradients that the block leaves in `p.grad` become one Monte-Carlo sample of the next `step`.
-        `p.grad` is empty when such a block starts and when it ends: what was there before counts for nothing, and neither
-        does a block that raises. Without `train` (prediction), gradients and state are left alone.
+        With `train`, the gradients that the block leaves in `p.grad` become one Monte-Carlo sample of the
+        next `step`. `p.grad` is empty when such a block starts and when it ends: what was there before counts
+        for nothing, and neither does a block that raises. Without `train` (prediction), gradients and state
+        are left alone.
 
         Args:
             temperature: τ ≥ 0; 0 is the mean, 1 the posterior (the only one to train with).
@@ -131,12 +133,17 @@ class IVON(torch.optim.Optimizer):
             )
         if self._sampled:
             raise RuntimeError("sampled_params cannot be entered inside another sampled_params block")
-        buckets = [(params, *self._draw(group, params, temperature)) for group, params in self._buckets()]
-        grads = {p: p.grad for params, _, _ in buckets for p in params} if train else {}
-        for p in grads:
-            p.grad = None
+        buckets = []  # parameters, their mean and their deviation from it
+        grads = {p: p.grad for _, params in self._buckets() for p in params} if train else {}
         self._sampled = True
         try:
+            for group, params in self._buckets():
+                mean, deviation = self._sample(group, params, temperature)
+                buckets.append((params, mean, deviation))
+                with torch.no_grad():
+                    torch._foreach_copy_(params, unflatten(mean + deviation, params))
+            for p in grads:
+                p.grad = None
             yield
             if train:
                 self._draws.append({
@@ -156,11 +163,11 @@ class IVON(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update g, h and m from the blocks since the last step; afterwards `p.grad` holds their average gradient ĝ.
+        """Update g, h and m from the blocks since the last step; `p.grad` is then their average gradient ĝ.
 
-        A closure is called `mc_samples` times; it opens `sampled_params(train=True)` itself, as with the public
-        implementation, and the mean of what it returns is returned. A parameter that no block gave a gradient is left as
-        it is. Raises RuntimeError if there was no block.
+        A closure is called `mc_samples` times; it opens `sampled_params(train=True)` itself, as with the
+        public implementation, and the mean of what it returns is returned. A parameter that no block gave a
+        gradient is left as it is. Raises RuntimeError if there was no block.
         """
         loss = None
         if closure is not None:
@@ -172,13 +179,25 @@ class IVON(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             group["step"] += 1
-        for group, params in self._buckets(among=set().union(*self._draws)):
+        # Processes that reduce together have to agree on the parameters, whichever got a gradient here.
+        for group, params in self._buckets(among=None if self.sync else set().union(*self._draws)):
             self._update(group, params)
         self._draws.clear()
         return loss
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        self._draws.clear()
+
+    def __getstate__(self) -> dict:
+        """For copying; between steps, when there are no draws to take along."""
+        return super().__getstate__() | {"mc_samples": self.mc_samples, "sync": self.sync}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__({"_sampled": False, "_draws": []} | state)
+
     def sigma(self, param: Tensor) -> Tensor:
-        """The posterior standard deviation σ of one parameter, in its shape. ValueError if it is not optimized here."""
+        """The posterior standard deviation σ of one parameter, in its shape. ValueError if it is not ours."""
         return self.sigmas([param])[0]
 
     @torch.no_grad()
@@ -190,17 +209,15 @@ class IVON(torch.optim.Optimizer):
             sigma = posterior_sigma(h, group["ess"], group["weight_decay"])
             found.update(zip(bucket, unflatten(sigma, bucket), strict=True))
         if any(p not in found for p in params):
-            raise ValueError(
-                "sigma was asked for a tensor that is not a trainable parameter of this optimizer"
-            )
+            raise ValueError("sigma was asked for a tensor that is not a parameter of this optimizer")
         return [found[p] for p in params]
 
     def _buckets(self, among: Collection[Tensor] | None = None) -> Iterator[tuple[dict, list[Tensor]]]:
-        """Each group's trainable parameters (those in `among`, if given), split by device and dtype."""
+        """Each group's parameters, those in `among` or else the trainable ones, split by device and dtype."""
         for group in self.param_groups:
             buckets = defaultdict(list)
             for p in group["params"]:
-                if p.requires_grad and (among is None or p in among):
+                if p.requires_grad if among is None else p in among:
                     buckets[p.device, p.dtype].append(p)
             for params in buckets.values():
                 yield group, params
@@ -212,8 +229,8 @@ class IVON(torch.optim.Optimizer):
         return self.state[p]
 
     @torch.no_grad()
-    def _draw(self, group: dict, params: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-        """Put a draw into the parameters; the flat mean m and the flat deviation θ − m = √τ·σ·ε come back."""
+    def _sample(self, group: dict, params: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+        """The mean m and a deviation θ − m = √τ·σ·ε of some parameters of a group, each as a flat vector."""
         mean = flatten(params).clone()  # flattening a single tensor gives a view of it
         h = flatten([self._state(p, group)["h"] for p in params])
         deviation = (
@@ -221,11 +238,10 @@ class IVON(torch.optim.Optimizer):
             * posterior_sigma(h, group["ess"], group["weight_decay"])
             * sqrt(temperature)
         )
-        torch._foreach_copy_(params, unflatten(mean + deviation, params))
         return mean, deviation
 
     def _estimates(self, params: list[Tensor], sigma: Tensor, group: dict) -> tuple[Tensor, Tensor]:
-        """ĝ and ĥ, flat: means over the blocks, and with `sync` over the processes; no gradient in a block counts as 0."""
+        """ĝ and ĥ, flat: means over blocks and, with `sync`, processes; a gradient not given counts as 0."""
         totals = torch.zeros(2, sigma.numel(), dtype=sigma.dtype, device=sigma.device)
         for draw in self._draws:
             none = {p: (torch.zeros_like(p),) * 2 for p in params if p not in draw}

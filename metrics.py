@@ -1,12 +1,12 @@
 """GLUE's metrics, and calibration, from arrays.
 
-Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Brier, "Verification of forecasts expressed in
-terms of probability", 1950.
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Brier, "Verification of forecasts
+expressed in terms of probability", 1950.
 """
 
 import numpy as np
+import scipy  # scipy.stats takes a while and is imported on its first use
 from numpy.typing import ArrayLike
-from scipy.stats import pearsonr, spearmanr
 
 
 def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -26,7 +26,7 @@ def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[s
         constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
         pearson, spearman = (
             0.0 if constant else float(correlation(predictions, labels).statistic)
-            for correlation in (pearsonr, spearmanr)
+            for correlation in (scipy.stats.pearsonr, scipy.stats.spearmanr)
         )
         return {"pearson_spearman": (pearson + spearman) / 2, "pearson": pearson, "spearman": spearman}
     if task == "cola":
@@ -55,9 +55,10 @@ def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
 def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str, float]:
     """Accuracy, NLL, ECE and Brier score of predicted probabilities.
 
-    NLL: mean of −ln p(label), with p not below float64's smallest normal number. Brier: squared error summed over classes,
-    mean over examples. ECE: examples are binned by their top probability into `bins` intervals of equal width, open on the
-    left and closed on the right; the bins' |accuracy − mean confidence|, weighted by their share of the examples.
+    NLL: mean of −ln p(label), with p not below float64's smallest normal number. Brier: squared error summed
+    over classes, mean over examples. ECE: examples are binned by their top probability into `bins` intervals
+    of equal width, open on the left and closed on the right; the bins' |accuracy − mean confidence|, weighted
+    by their share of the examples.
 
     Args:
         probs: (n, classes), rows sum to 1.
@@ -69,11 +70,9 @@ def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str
     n, classes = probs.shape
     p_label = probs[np.arange(n), labels]
     confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
-    # right=True: edges[i - 1] < confidence <= edges[i]. Multiples of 1/bins in one rounding, as a literal 0.3 has.
+    # right=True: edges[i − 1] < confidence ≤ edges[i]; i/bins is rounded once, as a literal 0.3 is.
     bin_of = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
-    gap = np.bincount(
-        bin_of, weights=right - confidence, minlength=bins
-    )  # n_bin·(accuracy − mean confidence)
+    gap = np.bincount(bin_of, weights=right - confidence)  # n_bin·(accuracy − mean confidence)
     return {
         "accuracy": float(right.mean()),
         "nll": float(-np.log(np.maximum(p_label, np.finfo(np.float64).tiny)).mean()),

@@ -1,14 +1,16 @@
 """Fine-tune an encoder on a GLUE task with adaptive low-rank adapters, scored by the posterior.
 
-    python run_glue.py --demo                                        # embedded model and data, about a minute
-    python run_glue.py --task cola --optimizer ivon --score mu       # the paper's setting: DeBERTaV3-base, from the Hub
-    python run_glue.py --task cola --optimizer adamw --score sensitivity                    # AdaLoRA as published
-    python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue        # local folders
+    python run_glue.py --demo                                           # embedded model and data, a minute
+    python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
+    python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA as published
+    python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
 
 Settings that are not given are the papers' for the task (glue.py). What a run leaves behind: README.md.
 
 Exit status: 0 done; 2 a usage or input error; 3 the loss or a parameter was not finite; 130 interrupted.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -26,11 +28,10 @@ from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
-import transformers
+import transformers  # its parts are imported on their first use: what is wrong with a command is said sooner
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding
 
 from adalora import HEADS, TARGETS, SVDLinear, inject, linear_maps, orthogonality_penalty
 from budget import CubicBudget
@@ -59,7 +60,7 @@ class NotFinite(Exception):
     """Training has broken down: one line on stderr, exit status 3."""
 
 
-# ---- settings ----------------------------------------------------------------------------------------------------------
+# ---- settings ------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -142,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
     if SCORES[args.score].needs == "sigma" and args.optimizer != "ivon":
         raise UsageError(
-            f"--score {args.score} needs σ, which {args.optimizer} has not: use --optimizer ivon or another score"
+            f"--score {args.score} needs σ, which {args.optimizer} lacks: use --optimizer ivon or another"
         )
     if args.init_rank is None:
         args.init_rank = max(math.floor(1.5 * args.target_rank + 0.5), math.ceil(args.target_rank))
@@ -196,8 +197,8 @@ def whole(least: int) -> Callable[[str], int]:
 def plan(args: argparse.Namespace, task: Task, train_size: int, modules: int) -> CubicBudget:
     """Fill in what depends on the run's length, and return its budget.
 
-    When the run is longer or shorter than the papers' (epochs, batch size, data), t_i, t_f, ΔT and the phases of the
-    learning rate grow or shrink with it, unless they were given by hand.
+    When the run is longer or shorter than the papers' (epochs, batch size, data), t_i, t_f, ΔT and the phases
+    of the learning rate grow or shrink with it, unless they were given by hand.
     """
     per_epoch = math.ceil(train_size / (args.batch_size * args.grad_accum))
     args.total_steps = args.max_steps or math.ceil(args.epochs * per_epoch)
@@ -228,8 +229,8 @@ def learning_rate(
 ) -> float:
     """The learning rate of the update that comes after t finished ones.
 
-    Up from 0 over `warmup` updates, then linearly down to 0. With a first phase: up to `first_lr`, held until t is
-    `first_steps`, and down from `peak` there.
+    Up from 0 over `warmup` updates, then linearly down to 0. With a first phase: up to `first_lr`, held until
+    t is `first_steps`, and down from `peak` there.
     """
     if t < warmup:
         return (first_lr if first_steps else peak) * t / warmup
@@ -239,13 +240,13 @@ def learning_rate(
     return peak * (total_steps - t) / (total_steps - start)
 
 
-# ---- model and data -----------------------------------------------------------------------------------------
+# ---- model and data ------------------------------------------------------------------------------------
 
 
 def load_model(
     name: str, classes: int
 ) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
-    """Tokenizer, and encoder with a new head of `classes` outputs in float32, from the Hub or a local folder."""
+    """Tokenizer, and encoder with a head of `classes` outputs in float32, from the Hub or a local folder."""
     if Path(name).is_dir():
         for what, patterns in CHECKPOINT_FILES.items():
             if not any(any(Path(name).glob(pattern)) for pattern in patterns):
@@ -257,19 +258,18 @@ def load_model(
     else:
         check_hub()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
-        model, report = AutoModelForSequenceClassification.from_pretrained(
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             name,
             num_labels=classes,
             dtype=torch.float32,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (
-        Exception
-    ) as error:  # a damaged or foreign checkpoint makes the libraries raise all sorts of things
-        raise UsageError(f"--model {name} cannot be loaded: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a damaged checkpoint makes the libraries raise all sorts of things
+        kind = UsageError if Path(name).is_dir() else ConnectionError
+        raise kind(f"--model {name} cannot be loaded: {error}") from error
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if absent := sorted(key for key in absent if HEADS.isdisjoint(key.split("."))):
         raise UsageError(
@@ -311,10 +311,10 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def predict(
     model: transformers.PreTrainedModel,
     features: list[dict],
-    collate: DataCollatorWithPadding,
+    collate: transformers.DataCollatorWithPadding,
     batch_size: int,
 ) -> Tensor:
-    """The logits, (n, outputs) on the CPU in the order of `features`; batches are made of examples of like length."""
+    """The logits, (n, outputs) on the CPU in the order of `features`; a batch has examples of like length."""
     training = model.training
     model.eval()
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
@@ -328,7 +328,7 @@ def evaluate(
     model: transformers.PreTrainedModel,
     splits: dict,
     args: argparse.Namespace,
-    collate: DataCollatorWithPadding,
+    collate: transformers.DataCollatorWithPadding,
 ) -> dict[str, dict[str, float]]:
     """The task's metrics on each of its validation splits."""
     scores = {}
@@ -371,7 +371,7 @@ def save_adapter(
     layers: dict[str, SVDLinear],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Adapter and head into adapter.safetensors; where the optimizer has a posterior, its σ into posterior.safetensors."""
+    """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if the optimizer is IVON."""
     folder.mkdir(exist_ok=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     write_tensors(
@@ -422,7 +422,7 @@ def peak_memory_mb(device: torch.device) -> float:
     return kilobytes / 2 ** (20 if sys.platform == "darwin" else 10)
 
 
-# ---- the run -------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace) -> None:
@@ -446,9 +446,8 @@ def run(args: argparse.Namespace) -> None:
     # Inject: the encoder is frozen, adapters and head are trained.
     targets = args.targets or TARGETS.get(model.config.model_type)
     if targets is None:
-        raise UsageError(
-            f"--targets is needed for a {model.config.model_type} model: it has {', '.join(linear_maps(model))}"
-        )
+        maps = ", ".join(linear_maps(model))
+        raise UsageError(f"a {model.config.model_type} model needs --targets; its linear maps are {maps}")
     try:
         layers = inject(model, targets, args.init_rank, args.alpha)
     except ValueError as error:
@@ -458,9 +457,10 @@ def run(args: argparse.Namespace) -> None:
             p.requires_grad_(True)
     model.to(device).train()
 
-    collate = DataCollatorWithPadding(tokenizer)
+    collate = transformers.DataCollatorWithPadding(tokenizer)
     features, labels = tokenize(dataset["train"], task, tokenizer, args.max_length)
     labels = labels.to(device)
+    lengths = torch.tensor([len(example["input_ids"]) for example in features])
     validation = {s: tokenize(dataset[s], task, tokenizer, args.max_length) for s in task.validation}
 
     # Optimize: the learning rate is set before each update.
@@ -509,6 +509,7 @@ def run(args: argparse.Namespace) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = next(batches)
+        batch = batch[lengths[batch].argsort()]  # micro-batches of like length need less padding
         loss = torch.zeros((), device=device)
         for _ in range(args.mc_samples):
             with optimizer.sampled_params(train=True) if args.optimizer == "ivon" else nullcontext():
@@ -576,10 +577,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     try:
         run(parse_args(argv))
     except UsageError as error:
-        print(f"run_glue.py: error: {error}", file=sys.stderr)
+        print(
+            "run_glue.py: error:", *str(error).split(), file=sys.stderr
+        )  # one line, whatever a library says
         return 2
     except NotFinite as error:
         print(f"run_glue.py: stopped: {error}", file=sys.stderr)

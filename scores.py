@@ -1,9 +1,9 @@
 """How important is a parameter, and how important is a singular triplet?
 
-A parameter θ has a posterior N(μ, σ²); μ is the parameter itself and σ comes from an optimizer that has a posterior
-(ivon.py). An elementwise score s(θ) maps those, or θ and its gradient, to a tensor of the parameter's shape. A triplet
-G_i = (P[:, i], λ_i, Q[i, :]) of an SVD-parameterised adapter W + s·P diag(λ) Q then gets one number from the scores of
-its entries (`triplet_scores`).
+A parameter θ has a posterior N(μ, σ²); μ is the parameter itself and σ comes from an optimizer that has a
+posterior (ivon.py). An elementwise score s(θ) maps those, or θ and its gradient, to a tensor of the
+parameter's shape. A triplet G_i = (P[:, i], λ_i, Q[i, :]) of an SVD-parameterised adapter W + s·P diag(λ) Q
+then gets one number from the scores of its entries (`triplet_scores`).
 
 Everything here is a function of tensors; only `SensitivityEMA` remembers anything.
 
@@ -40,8 +40,9 @@ def snr_abs(mu: Tensor, sigma: Tensor) -> Tensor:
 
     By definition it is E|θ| / sqrt(σ² + μ² − (E|θ|)²) with E|θ| = μ(2Φ(μ/σ) − 1) + (2σ/√(2π))·exp(−μ²/2σ²), a
     difference of nearly equal numbers where |μ| ≫ σ. With x = |μ|/σ and
-    δ = E|θ|/σ − x = √(2/π)·exp(−x²/2) − x·erfc(x/√2) ≥ 0 the same quantity is (x + δ) / sqrt(1 − 2xδ − δ²), in which
-    nothing large cancels: float32 is within 1e-6 of the exact value for every x. It is 1.3236 at x = 0 and tends to x.
+    δ = E|θ|/σ − x = √(2/π)·exp(−x²/2) − x·erfc(x/√2) ≥ 0 the same quantity is (x + δ) / sqrt(1 − 2xδ − δ²),
+    in which nothing large cancels: float32 is within 1e-6 of the exact value for every x. It is 1.3236 at
+    x = 0 and tends to x.
 
     Source: [L], [C].
     """
@@ -52,7 +53,7 @@ def snr_abs(mu: Tensor, sigma: Tensor) -> Tensor:
 
 
 def sensitivity(theta: Tensor, grad: Tensor) -> Tensor:
-    """I(θ) = |θ·∂L/∂θ|, elementwise: the first-order change of the loss when θ is set to 0. Source: [A] eq. 8."""
+    """I(θ) = |θ·∂L/∂θ|, elementwise: to first order the loss's change at θ = 0. Source: [A] eq. 8."""
     return (theta * grad).abs()
 
 
@@ -95,7 +96,8 @@ class SensitivityEMA:
 def triplet_scores(s_P: Tensor, s_lam: Tensor, s_Q: Tensor) -> Tensor:
     """S_i = s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij), from the entries' scores. Source: [A] eq. 7.
 
-    Shapes: s_P (…, d_out, r), s_lam (…, r), s_Q (…, r, d_in) → (…, r); leading dimensions are adapters of one shape.
+    Shapes: s_P (…, d_out, r), s_lam (…, r), s_Q (…, r, d_in) → (…, r); leading dimensions stand for
+    several adapters of one shape.
     """
     return s_lam + s_P.mean(-2) + s_Q.mean(-1)
 

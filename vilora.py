@@ -25,10 +25,12 @@ PARTS = ("P", "lam", "Q")
 
 
 class RankAllocator:
-    """Scores every triplet and keeps the budget's number of them; the others' λ becomes 0. Source: [A] algorithm 1, [C].
+    """Scores every triplet and keeps the budget's number of them; the others' λ becomes 0. Source: [A]
+    algorithm 1, [C].
 
-    Between two allocations λ keeps its gradient, so a dropped triplet can come back. With the last allocation, at
-    t = T − t_f, the pattern is fixed (`layer.alive`), and what was dropped contributes nothing any more.
+    Between two allocations λ keeps its gradient, so a dropped triplet can come back. With the last
+    allocation, at t = T − t_f, the pattern is fixed (`layer.alive`), and what was dropped contributes nothing
+    any more.
 
     Adapters of one shape are scored as one stack: n of them give tensors (n, d_out, r), (n, r), (n, r, d_in).
 

@@ -1,0 +1,290 @@
+"""adalora.py against finite differences, plain NumPy loops, and transformers' own models."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    DebertaV2Config,
+    DistilBertConfig,
+    ElectraConfig,
+    RobertaConfig,
+)
+
+from adalora import TARGETS, LoRALinear, SVDLinear, inject, linear_maps, orthogonality_penalty
+
+SIZES = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 40,
+}
+CONFIGS = {
+    "deberta-v2": DebertaV2Config(
+        **SIZES, relative_attention=True, position_buckets=8, pos_att_type=["p2c", "c2p"]
+    ),
+    "bert": BertConfig(**SIZES),
+    "roberta": RobertaConfig(**SIZES, pad_token_id=1),
+    "distilbert": DistilBertConfig(dim=16, n_layers=2, n_heads=2, hidden_dim=24, vocab_size=40),
+}
+
+
+def encoder(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForSequenceClassification.from_config(CONFIGS[kind]).eval()
+
+
+def adapter(rank: int = 3, d_out: int = 5, d_in: int = 4, dtype: torch.dtype = torch.float64) -> SVDLinear:
+    """An adapter in the midst of training, over a base with a bias."""
+    torch.manual_seed(0)
+    layer = SVDLinear(nn.Linear(d_in, d_out), rank, alpha=6).to(dtype)
+    with torch.no_grad():
+        layer.P.normal_()
+        layer.Q.normal_()
+        layer.lam.normal_()
+    return layer
+
+
+def penalty_by_loop(layers: dict, squared: bool) -> float:
+    """Matrix by matrix in NumPy, dropped triplets cut out."""
+    norms = []
+    for layer in layers.values():
+        alive = layer.alive.numpy()
+        P, Q = layer.P.detach().numpy()[:, alive], layer.Q.detach().numpy()[alive]
+        norms += [np.linalg.norm(gram - np.eye(alive.sum())) for gram in (P.T @ P, Q @ Q.T)]
+    return sum(norm**2 for norm in norms) if squared else float(np.mean(norms))
+
+
+# --- the adapter --------------------------------------------------------------------------------------------
+
+
+def test_the_adapted_weight_is_the_sum_over_triplets():
+    layer = adapter()
+    P, lam, Q = (p.detach().numpy() for p in (layer.P, layer.lam, layer.Q))
+    expected = 6 / 3 * sum(lam[i] * np.outer(P[:, i], Q[i]) for i in range(3))
+    np.testing.assert_allclose(layer.delta().detach().numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [SVDLinear, LoRALinear])
+def test_delta_is_what_the_adapter_adds_to_the_forward_pass(kind: type):
+    torch.manual_seed(0)
+    layer = kind(nn.Linear(4, 5), 3, alpha=6).double()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    x = torch.randn(7, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x) - layer.base(x), x @ layer.delta().T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["svd", "lora"])
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_a_fresh_adapter_changes_no_bit_of_the_output(architecture: str, kind: str):
+    model, ids = encoder(architecture), torch.arange(4, 34).view(3, 10)
+    before = model(ids).logits
+    inject(model, TARGETS[architecture], rank=3, alpha=32, kind=kind)
+    assert torch.equal(model(ids).logits, before)
+
+
+def test_the_scaling_is_a_constant_that_does_not_follow_the_rank_down():
+    layer = adapter()
+    layer.alive[1:] = False
+    lam, P, Q = layer.lam[0], layer.P[:, :1], layer.Q[:1]
+    torch.testing.assert_close(layer.delta(), 2.0 * lam * P @ Q)
+
+
+def test_a_triplet_that_is_not_alive_contributes_nothing_and_gets_no_gradient():
+    layer, x = adapter(), torch.randn(7, 4, dtype=torch.float64)
+    layer.alive[1] = False
+    (layer(x).square().sum() + orthogonality_penalty({"it": layer})).backward()
+    assert not layer.P.grad[:, 1].any()
+    assert not layer.lam.grad[1]
+    assert not layer.Q.grad[1].any()
+    before = layer(x), orthogonality_penalty({"it": layer})
+    with torch.no_grad():
+        for dropped in (layer.P[:, 1], layer.lam[1], layer.Q[1]):
+            dropped.fill_(1e6)
+    assert torch.equal(layer(x), before[0])
+    assert torch.equal(orthogonality_penalty({"it": layer}), before[1])
+
+
+def test_the_initial_values_are_those_of_the_paper():
+    torch.manual_seed(0)
+    layer = SVDLinear(nn.Linear(3000, 2000), 4, alpha=1)
+    assert layer.P.shape == (2000, 4)
+    assert layer.Q.shape == (4, 3000)
+    assert not layer.lam.any()
+    for matrix in (layer.P, layer.Q):
+        assert matrix.std().item() == pytest.approx(0.02, rel=0.05)
+        assert abs(matrix.mean().item()) < 0.001
+
+
+def test_an_adapter_of_rank_0_is_its_base():
+    layer, x = SVDLinear(nn.Linear(4, 5), 0, alpha=32), torch.randn(7, 4)
+    assert torch.equal(layer(x), layer.base(x))
+    assert not layer.delta().any()
+    assert orthogonality_penalty({"it": layer}) == 0
+
+
+def test_adapter_dropout_is_in_front_of_the_adapter_alone():
+    layer = SVDLinear(nn.Linear(4, 5), 3, alpha=6, dropout=1.0)
+    nn.init.ones_(layer.lam)
+    x = torch.randn(7, 4)
+    assert torch.equal(layer.train()(x), layer.base(x))
+    assert not torch.equal(layer.eval()(x), layer.base(x))
+
+
+def test_what_is_alive_travels_with_the_state_dict():
+    layer, twin = adapter(), adapter()
+    layer.alive[0] = False
+    twin.load_state_dict(layer.state_dict())
+    assert twin.alive.tolist() == [False, True, True]
+
+
+# --- injection ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_exactly_the_six_linear_maps_of_each_layer_are_adapted(architecture: str):
+    model = encoder(architecture)
+    layers = inject(model, TARGETS[architecture], rank=3, alpha=32)
+    assert len(layers) == 2 * 6
+    assert all(".layer." in name for name in layers)
+    assert {name: module for name, module in model.named_modules() if isinstance(module, SVDLinear)} == layers
+    triplets = sum(layer.P.shape[0] + layer.Q.shape[1] for layer in layers.values())
+    assert triplets == 2 * (4 * (16 + 16) + 2 * (16 + 24))
+
+
+def test_deberta_v3_base_has_72_maps_and_13824_parameters_a_layer_and_rank():
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(
+            DebertaV2Config(
+                vocab_size=8,
+                hidden_size=768,
+                num_hidden_layers=12,
+                num_attention_heads=12,
+                intermediate_size=3072,
+            )
+        )
+        layers = inject(model, TARGETS["deberta-v2"], rank=2, alpha=32)
+    assert len(layers) == 72
+    assert sum(layer.P.numel() + layer.Q.numel() for layer in layers.values()) == 12 * 13_824 * 2
+
+
+def test_the_head_is_left_alone_even_by_a_target_that_it_ends_in():
+    model = encoder("deberta-v2")
+    layers = inject(model, ["dense"], rank=3, alpha=32)
+    assert len(layers) == 2 * 3
+    assert isinstance(model.pooler.dense, nn.Linear)
+    assert isinstance(model.classifier, nn.Linear)
+
+
+def test_everything_but_the_adapters_is_frozen():
+    model = encoder("bert")
+    layers = inject(model, TARGETS["bert"], rank=3, alpha=32)
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    assert trainable == {id(p) for layer in layers.values() for p in (layer.P, layer.lam, layer.Q)}
+
+
+def test_the_adapters_come_in_the_order_of_the_model():
+    model = encoder("bert")
+    layers = inject(model, reversed(TARGETS["bert"]), rank=3, alpha=32)
+    assert list(layers) == [name for name, module in model.named_modules() if isinstance(module, SVDLinear)]
+
+
+def test_any_module_can_be_adapted_not_only_encoders():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    layers = inject(model, ["0", "2"], rank=2, alpha=2)
+    assert list(layers) == ["0", "2"]
+    assert model(torch.randn(3, 4)).shape == (3, 2)
+
+
+def test_a_target_that_is_not_there_is_an_error_that_lists_what_is_and_changes_nothing():
+    model = encoder("bert")
+    with pytest.raises(ValueError, match=r"query_proj.*attention\.self\.query"):
+        inject(model, ["key", "query_proj"], rank=3, alpha=32)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(module, SVDLinear) for module in model.modules())
+
+
+def test_a_target_that_is_no_linear_map_is_an_error():
+    with pytest.raises(ValueError, match="BertSelfOutput"):
+        inject(encoder("bert"), ["attention.output"], rank=3, alpha=32)
+
+
+def test_an_unknown_architecture_can_say_which_linear_maps_it_has():
+    model = AutoModelForSequenceClassification.from_config(ElectraConfig(**SIZES, embedding_size=8))
+    attention = ["attention.output.dense", *(f"attention.self.{part}" for part in ("key", "query", "value"))]
+    assert linear_maps(model) == [
+        *attention,
+        "electra.embeddings_project",
+        "intermediate.dense",
+        "output.dense",
+    ]
+
+
+# --- the penalty --------------------------------------------------------------------------------------------
+
+
+def mixed_layers() -> dict[str, SVDLinear]:
+    layers = {f"{i}": adapter(3, *shape) for i, shape in enumerate([(5, 4), (4, 5), (5, 4), (8, 8)])}
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in (p for layer in layers.values() for p in (layer.P, layer.Q)):
+            p.normal_()
+    layers["0"].alive[1] = False
+    layers["3"].alive[:] = False
+    return layers
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_penalty_is_that_of_a_loop_over_matrices(squared: bool):
+    layers = mixed_layers()
+    assert orthogonality_penalty(layers, squared).item() == pytest.approx(
+        penalty_by_loop(layers, squared), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_penaltys_gradient_is_that_of_finite_differences(squared: bool):
+    layers = mixed_layers()
+    names = [f"{i}.{part}" for i in layers for part in ("P", "Q")]
+    modules = nn.ModuleDict(layers)
+
+    def penalty(*matrices: torch.Tensor) -> torch.Tensor:
+        for name, matrix in zip(names, matrices, strict=True):
+            index, part = name.split(".")
+            del modules[index]._parameters[part]
+            modules[index]._parameters[part] = matrix
+        return orthogonality_penalty(layers, squared)
+
+    assert torch.autograd.gradcheck(
+        penalty, [modules.get_parameter(name).detach().requires_grad_() for name in names]
+    )
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_the_gradient_at_orthonormal_matrices_is_zero_and_not_nan(squared: bool):
+    layer = SVDLinear(nn.Linear(6, 6), 3, alpha=1)
+    with torch.no_grad():
+        layer.P.copy_(torch.eye(6)[:, :3])
+        layer.Q.copy_(torch.eye(6)[3:])
+    penalty = orthogonality_penalty({"it": layer}, squared)
+    penalty.backward()
+    assert penalty == 0
+    assert torch.equal(layer.P.grad, torch.zeros(6, 3))
+    assert torch.equal(layer.Q.grad, torch.zeros(3, 6))
+
+
+def test_the_penalty_is_a_few_operations_however_many_adapters_there_are():
+    def operations(n: int) -> int:
+        layers = {str(i): SVDLinear(nn.Linear(8, 8), 3, alpha=1) for i in range(n)}
+        with torch.profiler.profile() as profile:
+            orthogonality_penalty(layers)
+        return sum(
+            event.count for event in profile.key_averages() if event.key in ("aten::bmm", "aten::stack")
+        )
+
+    assert operations(2) == operations(20)

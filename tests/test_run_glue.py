@@ -1,0 +1,533 @@
+"""run_glue.py from its command line: what a run leaves behind, and what it refuses."""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import write_glue
+from safetensors.torch import load_file
+
+from glue import TASKS
+from run_glue import HERE, learning_rate, main, parse_args, plan, predict, rank_grid
+
+MINILM, GLUE = os.environ.get("MINILM_DIR"), os.environ.get("GLUE_DIR")
+SHORT = ["--max_steps", "24", "--eval_every", "8", "--batch_size", "8", "--max_length", "16"]
+
+
+@pytest.fixture
+def glue_folder(tmp_path: Path) -> Path:
+    return write_glue(tmp_path / "glue", "cola")
+
+
+def command(model: Path, data: Path, output: Path, *more: str, task: str = "cola") -> list[str]:
+    return [
+        "--task",
+        task,
+        "--model",
+        str(model),
+        "--data_dir",
+        str(data),
+        "--output_dir",
+        str(output),
+        *SHORT,
+        *more,
+    ]
+
+
+def read(folder: Path) -> tuple[dict, dict, list[dict]]:
+    config, results = (json.loads((folder / name).read_text()) for name in ("config.json", "results.json"))
+    return config, results, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- a run --------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_runs_from_the_command_line_in_another_folder(tmp_path: Path):
+    argv = [sys.executable, str(HERE / "run_glue.py"), "--demo", "--max_steps", "30", "--eval_every", "15"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    config, results, records = read(tmp_path / "runs/cola-adalora-ivon-mu-r2-s2021")
+    assert (results["task"], results["method"], results["optimizer"], results["score"]) == (
+        "cola",
+        "adalora",
+        "ivon",
+        "mu",
+    )
+    assert (results["seed"], results["demo"], results["metric"]) == (2021, True, "matthews_correlation")
+    assert set(results) == {
+        "task", "method", "optimizer", "score", "seed", "demo", "metric", "best", "last", "ranks", "budget",
+        "trainable_parameters", "kept_parameters", "seconds", "steps_per_second", "peak_memory_mb",
+    }  # fmt: skip
+    n = len(results["ranks"])
+    assert results["budget"] == {"b0": 3 * n, "bT": 2 * n, "kept": 2 * n}
+    assert sum(results["ranks"].values()) == 2 * n
+    training = [record for record in records if "loss" in record]
+    assert [record["step"] for record in training] == list(range(1, 31))
+    assert all(set(record) == {"step", "loss", "lr", "budget"} for record in training)
+    evaluations = [record for record in records if "split" in record]
+    assert [(e["step"], e["split"]) for e in evaluations] == [(15, "validation"), (30, "validation")]
+    best = max(evaluations, key=lambda e: e["matthews_correlation"])
+    assert results["best"] == {key: best[key] for key in ("step", "matthews_correlation")}
+    assert results["last"]["step"] == 30
+    assert config["total_steps"] == 30
+    assert config["versions"]["torch"] == torch.__version__
+    assert f"best matthews_correlation {best['matthews_correlation']:.4f}" in done.stdout
+    grid = done.stdout[done.stdout.index("layer") :].splitlines()
+    assert sum(int(rank) for row in grid[1 : n // 6 + 1] for rank in row.split()[1:]) == 2 * n
+
+
+@pytest.mark.parametrize(("optimizer", "score"), [("ivon", "snr"), ("adamw", "sensitivity")])
+def test_the_same_seed_gives_the_same_results_and_another_seed_others(
+    optimizer: str, score: str, deberta: Path, glue_folder: Path, tmp_path: Path
+):
+    runs = {}
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        argv = command(
+            deberta, glue_folder, tmp_path / name, "--optimizer", optimizer, "--score", score, "--seed", seed
+        )
+        assert main(argv) == 0
+        _, results, records = read(tmp_path / name)
+        adapter = (tmp_path / name / "adapter/adapter.safetensors").read_bytes()
+        runs[name] = results["best"], results["last"], results["ranks"], records, adapter
+    assert runs["a"] == runs["b"]
+    assert runs["a"][3] != runs["c"][3]
+
+
+def test_a_checkpoint_stored_as_deberta_v3_trains_in_float32(
+    deberta: Path, glue_folder: Path, tmp_path: Path
+):
+    assert not (deberta / "tokenizer.json").exists()
+    stored = torch.load(deberta / "pytorch_model.bin", weights_only=True)
+    assert {weight.dtype for weight in stored.values()} == {torch.float16}
+    assert main(command(deberta, glue_folder, tmp_path / "run")) == 0
+    _, results, records = read(tmp_path / "run")
+    assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)
+    assert all(name.startswith("deberta.encoder.layer.") for name in results["ranks"])
+    adapter = load_file(tmp_path / "run/adapter/adapter.safetensors")
+    assert {tensor.dtype for tensor in adapter.values()} == {torch.float32}
+    assert {"pooler.dense.weight", "classifier.bias"} <= set(adapter)
+
+
+def test_the_adapter_is_saved_at_its_kept_ranks_with_its_sigma(bert: Path, glue_folder: Path, tmp_path: Path):
+    # Evaluated once, at the end, so that the best evaluation has the final pattern.
+    assert main([*command(bert, glue_folder, tmp_path / "run"), "--eval_every", "100"]) == 0
+    _, results, _ = read(tmp_path / "run")
+    adapter, sigma = (
+        load_file(tmp_path / f"run/adapter/{name}.safetensors") for name in ("adapter", "posterior")
+    )
+    assert {name: tensor.shape for name, tensor in adapter.items()} == {n: t.shape for n, t in sigma.items()}
+    assert all((tensor > 0).all() for tensor in sigma.values())
+    assert min(results["ranks"].values()) < max(results["ranks"].values())
+    kept = 0
+    for name, rank in results["ranks"].items():
+        P, lam, Q = (adapter[f"{name}.{part}"] for part in ("P", "lam", "Q"))
+        assert P.shape[1] == lam.shape[0] == Q.shape[0] == rank
+        assert lam.all()
+        kept += P.numel() + lam.numel() + Q.numel()
+    assert kept == results["kept_parameters"] < results["trainable_parameters"]
+
+
+def test_adamw_leaves_no_posterior(bert: Path, glue_folder: Path, tmp_path: Path):
+    assert main(command(bert, glue_folder, tmp_path / "run", "--optimizer", "adamw")) == 0
+    assert [path.name for path in (tmp_path / "run/adapter").iterdir()] == ["adapter.safetensors"]
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "cola"])
+def test_every_task_trains(task: str, bert: Path, tmp_path: Path):
+    data = write_glue(tmp_path / "glue", task)
+    assert main(command(bert, data, tmp_path / "run", task=task)) == 0
+    _, results, records = read(tmp_path / "run")
+    expected = {
+        "mrpc": {"accuracy", "f1"},
+        "qqp": {"accuracy", "f1"},
+        "mnli": {"accuracy", "accuracy_mismatched"},
+    }
+    expected["stsb"] = {"pearson_spearman", "pearson", "spearman"}
+    assert set(results["best"]) == {"step", *expected.get(task, {"accuracy"})}
+    if task == "mnli":
+        assert {r["split"] for r in records if "split" in r} == {
+            "validation_matched",
+            "validation_mismatched",
+        }
+
+
+@pytest.mark.parametrize("score", ["sensitivity", "snr_abs", "inv_sigma", "raw_sensitivity", "lambda"])
+def test_every_score_runs_with_ivon(score: str, bert: Path, glue_folder: Path, tmp_path: Path):
+    assert main(command(bert, glue_folder, tmp_path / "run", "--score", score)) == 0
+
+
+@pytest.mark.parametrize(("rank", "kept"), [("0", 0), ("0.25", 3), ("1", 12)])
+def test_target_ranks_go_down_to_0_which_trains_the_head_alone(
+    rank: str, kept: int, bert: Path, glue_folder: Path, tmp_path: Path
+):
+    assert main(command(bert, glue_folder, tmp_path / "run", "--target_rank", rank)) == 0
+    _, results, _ = read(tmp_path / "run")
+    assert results["budget"]["kept"] == sum(results["ranks"].values()) == kept
+    assert (results["trainable_parameters"] == 0) == (rank == "0")
+
+
+def test_accumulated_micro_batches_are_the_large_batch(bert: Path, glue_folder: Path, tmp_path: Path):
+    config = json.loads((bert / "config.json").read_text())
+    still = tmp_path / "no-dropout"  # dropout draws differ between the two
+    still.mkdir()
+    for file in bert.iterdir():
+        (still / file.name).write_bytes(file.read_bytes())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (still / "config.json").write_text(json.dumps(config))
+    adapters = []
+    for name, batch, accumulate in (
+        ("large", "9", "1"),
+        ("small", "3", "3"),
+    ):  # 24 examples: the last batch is short
+        more = [
+            "--optimizer",
+            "adamw",
+            "--eval_every",
+            "24",
+            "--batch_size",
+            batch,
+            "--grad_accum",
+            accumulate,
+        ]
+        assert main([*command(still, glue_folder, tmp_path / name), *more]) == 0
+        adapters.append(load_file(tmp_path / name / "adapter/adapter.safetensors"))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=0, atol=1e-5)
+
+
+def test_several_draws_an_update_are_another_run_than_one(bert: Path, glue_folder: Path, tmp_path: Path):
+    losses = []
+    for draws in ("1", "2"):
+        assert main(command(bert, glue_folder, tmp_path / draws, "--mc_samples", draws)) == 0
+        losses.append([record["loss"] for record in read(tmp_path / draws)[2] if "loss" in record])
+    assert losses[0] != losses[1]
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=0.1)  # a mean, not a sum
+
+
+def test_an_architecture_without_defaults_runs_with_targets(glue_folder: Path, bert: Path, tmp_path: Path):
+    electra = electra_checkpoint(bert, tmp_path)
+    argv = command(
+        electra, glue_folder, tmp_path / "run", "--targets", "attention.self.query", "output.dense"
+    )
+    assert main(argv) == 0
+    assert len(read(tmp_path / "run")[1]["ranks"]) == 2 * 3
+
+
+def electra_checkpoint(bert: Path, folder: Path) -> Path:
+    config = transformers.ElectraConfig(
+        vocab_size=40,
+        embedding_size=16,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    transformers.ElectraModel(config).save_pretrained(folder / "electra")
+    (folder / "electra/vocab.txt").write_text((bert / "vocab.txt").read_text())
+    return folder / "electra"
+
+
+def test_a_finished_run_is_overwritten_only_when_told_to(
+    bert: Path, glue_folder: Path, tmp_path: Path, capsys
+):
+    argv = command(bert, glue_folder, tmp_path / "run")
+    assert main(argv) == 0
+    before = (tmp_path / "run/results.json").read_text()
+    assert main([*argv, "--seed", "5"]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (tmp_path / "run/results.json").read_text() == before
+    assert main([*argv, "--seed", "5", "--overwrite"]) == 0
+    assert read(tmp_path / "run")[1]["seed"] == 5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_status_3(
+    bert: Path, glue_folder: Path, tmp_path: Path, capsys
+):
+    assert main(command(bert, glue_folder, tmp_path / "run", "--optimizer", "adamw", "--lr", "1e30")) == 3
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def test_predictions_come_back_in_the_order_of_the_examples():
+    class Echo(torch.nn.Module):
+        """Its logit is the first token; it also notes how much padding it was given."""
+
+        def __init__(self):
+            super().__init__()
+            self.device, self.tokens = torch.device("cpu"), 0
+
+        def forward(self, input_ids: torch.Tensor) -> Namespace:
+            self.tokens += input_ids.numel()
+            return Namespace(logits=input_ids[:, :1].float())
+
+    def collate(features: list[dict]) -> transformers.BatchEncoding:
+        padded = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(f["input_ids"]) for f in features], batch_first=True
+        )
+        return transformers.BatchEncoding({"input_ids": padded})
+
+    features = [{"input_ids": [i] * (i * 7 % 23 + 1)} for i in range(100)]
+    model = Echo()
+    assert predict(model, features, collate, 8).flatten().tolist() == list(range(100))
+    assert model.tokens < 1.2 * sum(len(f["input_ids"]) for f in features)
+
+
+# --- schedules ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(100, 10), (6700, 100), (7, 0), (5, 4)])
+def test_one_phase_is_the_linear_schedule_of_transformers(total: int, warmup: int):
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.4)
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, warmup, total)
+    for t in range(total):
+        assert learning_rate(t, total, 0.4, warmup) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_two_phases_are_warm_up_hold_drop_and_decay():
+    """CoLA's with IVON, worked by hand: up to 2.0 in 100 updates, held until 500, 0.4 down to 0 at 6700."""
+    at = {0: 0, 50: 1.0, 100: 2.0, 499: 2.0, 500: 0.4, 3600: 0.2, 6699: 0.4 / 6200, 6700: 0}
+    for t, expected in at.items():
+        assert learning_rate(t, 6700, 0.4, 100, 2.0, 500) == pytest.approx(expected, rel=1e-12)
+
+
+def settings(*more: str, task: str = "cola") -> Namespace:
+    return parse_args(["--task", task, *more])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_papers_own_run_has_the_papers_own_settings(task: str):
+    args, paper = settings(task=task), TASKS[task].settings
+    budget = plan(args, TASKS[task], TASKS[task].train_size, 72)
+    assert (args.tinit, args.tfinal, args.delta_t) == (paper.tinit, paper.tfinal, paper.delta_t)
+    assert (args.lr, args.warmup_steps, args.first_steps) == (
+        paper.lr_ivon,
+        paper.warmup_ivon,
+        paper.first_steps,
+    )
+    assert args.total_steps == TASKS[task].total_steps
+    assert args.ess == TASKS[task].train_size
+    assert (budget.initial, budget.target) == (3 * 72, 2 * 72)
+
+
+def test_a_shortened_run_scales_its_phases_and_its_budget_with_it():
+    args = settings("--epochs", "10")
+    plan(args, TASKS["cola"], 8551, 72)
+    assert (args.total_steps, args.tinit, args.tfinal, args.delta_t) == (2680, 320, 1400, 4)
+    assert (args.warmup_steps, args.first_steps) == (40, 200)
+
+
+def test_what_is_given_by_hand_is_not_scaled():
+    args = settings("--max_steps", "670", "--tinit", "9", "--tfinal", "99", "--delta_t", "7", "--lr", "0.3")
+    plan(args, TASKS["cola"], 8551, 72)
+    assert (args.tinit, args.tfinal, args.delta_t, args.lr, args.first_steps) == (9, 99, 7, 0.3, 0)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_of_any_length_can_be_planned(task: str):
+    for steps in range(1, 400):
+        args = settings("--max_steps", str(steps), task=task)
+        plan(args, TASKS[task], TASKS[task].train_size, 72)
+        assert args.tinit + args.tfinal < args.total_steps == steps
+
+
+@pytest.mark.parametrize(
+    ("target", "initial"), [("2", 3), ("4", 6), ("1", 2), ("3", 5), ("0.1", 1), ("0", 0)]
+)
+def test_the_start_is_one_and_a_half_times_the_target(target: str, initial: int):
+    assert settings("--target_rank", target).init_rank == initial
+
+
+def test_the_rank_grid_has_a_row_a_layer_and_a_column_a_module():
+    grid = rank_grid({"encoder.layer.0.a": 1, "encoder.layer.0.out.b": 0, "encoder.layer.11.a": 12})
+    assert [row.split() for row in grid.splitlines()] == [
+        ["layer", "a", "out.b"],
+        ["0", "1", "0"],
+        ["11", "12"],
+    ]
+
+
+# --- what is refused ----------------------------------------------------------------------------------------
+
+REFUSED = {
+    "no task": ([], "--task"),
+    "unknown task": (["--task", "wnli"], "wnli"),
+    "unknown score": (["--task", "cola", "--score", "magnitude"], "magnitude"),
+    "unknown optimizer": (["--task", "cola", "--optimizer", "sgd"], "sgd"),
+    "unknown method": (["--task", "cola", "--method", "dora"], "dora"),
+    "unknown flag": (["--task", "cola", "--learning_rate", "1"], "--learning_rate"),
+    "an abbreviated flag": (["--task", "cola", "--max_step", "1"], "--max_step"),
+    **{
+        f"{score} with adamw": (
+            ["--task", "cola", "--optimizer", "adamw", "--score", score],
+            "--optimizer ivon",
+        )
+        for score in ("snr_abs", "snr", "inv_sigma")
+    },
+    "draws with adamw": (["--task", "cola", "--optimizer", "adamw", "--mc_samples", "2"], "--mc_samples"),
+    "another task's demo": (["--demo", "--task", "rte"], "cola"),
+    "a demo with another model": (["--demo", "--model", "x"], "--model"),
+    "target above start": (["--demo", "--target_rank", "4", "--init_rank", "3"], "--init_rank 3"),
+    "negative rank": (["--demo", "--target_rank", "-1"], "--target_rank"),
+    "no pruning steps": (["--demo", "--max_steps", "100", "--tinit", "60", "--tfinal", "40"], "--tinit"),
+    "t_i beyond the end": (["--demo", "--max_steps", "10", "--tinit", "60"], "--tinit"),
+    "no interval": (["--demo", "--delta_t", "0"], "--delta_t"),
+    "no steps": (["--demo", "--max_steps", "0"], "--max_steps"),
+    "half a step": (["--demo", "--max_steps", "1.5"], "--max_steps"),
+    "no epochs": (["--demo", "--epochs", "0"], "--epochs"),
+    "a learning rate that is none": (["--demo", "--lr", "fast"], "--lr"),
+    "an infinite learning rate": (["--demo", "--lr", "inf"], "--lr"),
+    "beta2 of 1": (["--demo", "--beta2", "1"], "--beta2"),
+    "no ess": (["--demo", "--ess", "0"], "--ess"),
+    "no batch": (["--demo", "--batch_size", "0"], "--batch_size"),
+    "unknown device": (["--demo", "--device", "abacus"], "--device abacus"),
+    "a target that is not there": (["--demo", "--targets", "q_proj"], "query_proj"),
+    "no such data folder": (["--task", "rte", "--data_dir", "nowhere"], "nowhere/RTE/train.tsv"),
+    "no such model folder": (
+        ["--task", "cola", "--data_dir", str(HERE / "demo"), "--model", "./nowhere"],
+        "./nowhere",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_refused_in_one_line_with_status_2_and_nothing_written(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    argv, named = REFUSED[case]
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    check_refusal(capsys.readouterr().err, named, tmp_path)
+
+
+def check_refusal(stderr: str, named: str, folder: Path) -> None:
+    assert stderr.count("\n") == 1, stderr
+    assert stderr.startswith("run_glue.py: error: ")
+    assert named in stderr
+    assert not list(folder.rglob("runs"))
+
+
+@pytest.mark.parametrize(
+    ("removed", "named"),
+    [("pytorch_model.bin", "weights"), ("spm.model", "tokenizer"), ("config.json", "config.json")],
+)
+def test_a_model_folder_without_a_part_is_refused_by_that_part(
+    removed: str, named: str, deberta: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "model").mkdir()
+    for file in deberta.iterdir():
+        if file.name != removed:
+            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
+    assert main(command(tmp_path / "model", glue_folder, tmp_path / "runs")) == 2
+    check_refusal(capsys.readouterr().err, named, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "damage", ["half the weights", "another model's weights", "half a config", "another tokenizer"]
+)
+def test_a_damaged_model_folder_is_refused(
+    damage: str, deberta: Path, bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    model = tmp_path / "model"
+    model.mkdir()
+    for file in deberta.iterdir():
+        (model / file.name).write_bytes(file.read_bytes())
+    weights, config = model / "pytorch_model.bin", model / "config.json"
+    if damage == "half the weights":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif damage == "another model's weights":
+        torch.save({"bert.pooler.dense.bias": torch.zeros(16)}, weights)
+    elif damage == "half a config":
+        config.write_text(config.read_text()[:100])
+    else:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 40}))
+    assert main(command(model, glue_folder, tmp_path / "runs")) == 2
+    check_refusal(capsys.readouterr().err, str(model), tmp_path)
+
+
+def test_an_architecture_without_defaults_is_refused_with_the_maps_it_has(
+    bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    assert main(command(electra_checkpoint(bert, tmp_path), glue_folder, tmp_path / "runs")) == 2
+    check_refusal(capsys.readouterr().err, "attention.self.query", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("gj04\t1\tThe cat.\n", "dev.tsv:1: 3 columns"),
+        ("gj04\t2\t\tThe cat.\n", "dev.tsv:1: '2'"),
+        ("", "dev.tsv has no"),
+    ],
+)
+def test_bad_data_is_refused_by_file_and_line(
+    content: str, named: str, bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    (glue_folder / "CoLA/dev.tsv").write_text(content)
+    assert main(command(bert, glue_folder, tmp_path / "runs")) == 2
+    check_refusal(capsys.readouterr().err, named, tmp_path)
+
+
+def test_an_output_folder_that_is_a_file_is_refused(bert: Path, glue_folder: Path, tmp_path: Path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    assert main(command(bert, glue_folder, tmp_path / "taken")) == 2
+    check_refusal(capsys.readouterr().err, "--output_dir", tmp_path)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "known", [[], ["--data_dir", str(HERE / "demo")]], ids=["data and model", "model alone"]
+)
+def test_a_hub_that_cannot_be_reached_is_said_within_10_seconds(known: list[str], tmp_path: Path):
+    with socket.socket() as listener:  # accepts, and never answers
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{listener.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        start = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, str(HERE / "run_glue.py"), "--task", "cola", *known],
+            cwd=tmp_path, env=os.environ | hub, capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        seconds = time.monotonic() - start
+    assert done.returncode == 2
+    check_refusal(done.stderr, "--demo", tmp_path)
+    assert "--model" in done.stderr
+    assert "--data_dir" in done.stderr
+    assert seconds < 20  # 3 of them waiting, the rest importing on a machine that may be busy
+
+
+# --- real data, a real encoder ------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(
+    not (MINILM and GLUE), reason="MINILM_DIR and GLUE_DIR name no checkpoint and no GLUE folder"
+)
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_a_real_encoder_learns_from_real_data(task: str, tmp_path: Path):
+    argv = [
+        "--task",
+        task,
+        "--model",
+        MINILM,
+        "--data_dir",
+        GLUE,
+        "--optimizer",
+        "adamw",
+        "--score",
+        "sensitivity",
+    ]
+    assert (
+        main([*argv, "--max_steps", "40", "--eval_every", "40", "--output_dir", str(tmp_path / "run")]) == 0
+    )
+    losses = [record["loss"] for record in read(tmp_path / "run")[2] if "loss" in record]
+    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
