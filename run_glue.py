@@ -70,36 +70,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         def error(self, message: str) -> NoReturn:
             raise UsageError(message)
 
-    parser = Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    scores = "; ".join(f"{name}: {score.about}" for name, score in SCORES.items())
     add = parser.add_argument
-    add("--task", choices=TASKS, help="required, but with --demo")
+    # fmt: off
+    add("--task", choices=TASKS, help="needed, but for --demo")
     add("--method", choices=["adalora"], default="adalora")
     add("--optimizer", choices=["ivon", "adamw"], default="ivon")
-    add(
-        "--score",
-        choices=SCORES,
-        default="mu",
-        help="; ".join(f"{name}: {s.about}" for name, s in SCORES.items()),
-    )
-    add(
-        "--target_rank",
-        type=number(0),
-        default=2.0,
-        help="average rank kept, may be fractional; 0 trains the head alone",
-    )
-    add(
-        "--init_rank",
-        type=whole(0),
-        help="rank at the start (1.5 × target, rounded, but 1 at least for a target above 0)",
-    )
-    add(
-        "--targets",
-        nargs="+",
-        metavar="NAME",
-        help="ends of the adapted linear maps' names (known for " + ", ".join(TARGETS) + ")",
-    )
+    add("--score", choices=SCORES, default="mu", help=scores)
+    add("--target_rank", type=number(0), default=2.0, help="average rank kept; 0: head alone")
+    add("--init_rank", type=whole(0), help="rank at the start (1.5 × target, rounded)")
+    add("--targets", nargs="+", metavar="NAME", help="ends of names of linear maps (known for many encoders)")
     add("--model", help=f"a Hub name or a local checkpoint folder ({MODEL})")
     add("--data_dir", type=Path, help="a folder in GLUE's own layout (the Hub's copy)")
     add("--demo", action="store_true", help="the embedded model and data: no download")
@@ -108,16 +90,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_steps", type=whole(1), help="updates in all, instead of epochs")
     add("--batch_size", type=whole(1), default=32, help="examples in a forward pass")
     add("--grad_accum", type=whole(1), default=1, help="forward passes in an update")
-    add(
-        "--lr",
-        type=number(above=0),
-        help="one warm-up to this, then linear decay; IVON's first phase is left out",
-    )
+    add("--lr", type=number(above=0), help="peak of one warm-up and linear decay (IVON: no first phase then)")
     add("--max_length", type=whole(4), help="tokens")
     add("--eval_every", type=whole(1), help="updates")
     add("--eval_batch_size", type=whole(1), default=128)
     add("--mc_samples", type=whole(1), default=1, help="IVON's draws in an update")
-    add("--ess", type=number(above=0), help="IVON's effective sample size (the number of training examples)")
+    add("--ess", type=number(above=0), help="IVON's effective sample size (number of training examples)")
     add("--hess_init", type=number(above=0), default=1.0, help="IVON's h0")
     add("--beta2", type=number(0, below=1), default=0.99999, help="IVON's")
     add("--clip_radius", type=number(above=0), default=1e-3, help="IVON's ξ")
@@ -129,27 +107,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", help="cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     add("--output_dir", type=Path, help="(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)")
     add("--overwrite", action="store_true", help="replace a finished run in the output folder")
+    # fmt: on
     args = parser.parse_args(argv)
 
     if args.demo:
         if args.task not in (None, "cola"):
             raise UsageError(f"--demo has the task cola, not {args.task}: leave --task out, or --demo")
         if args.model or args.data_dir:
-            raise UsageError(
-                "--demo brings its own model and data: leave out --model and --data_dir, or --demo"
-            )
+            raise UsageError("--demo has its own model and data: leave out --model and --data_dir, or --demo")
         args.task, args.model, args.data_dir = "cola", str(HERE / "demo/model"), HERE / "demo"
     if args.task is None:
         raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
     if SCORES[args.score].needs == "sigma" and args.optimizer != "ivon":
-        raise UsageError(
-            f"--score {args.score} needs σ, which {args.optimizer} lacks: use --optimizer ivon or another"
-        )
+        raise UsageError(f"--score {args.score} needs a posterior: use --optimizer ivon, or another score")
     if args.init_rank is None:
         args.init_rank = max(math.floor(1.5 * args.target_rank + 0.5), math.ceil(args.target_rank))
     if args.target_rank > args.init_rank:
         raise UsageError(
-            f"--target_rank {args.target_rank:g} is above the start, --init_rank {args.init_rank}"
+            f"--target_rank {args.target_rank:g} is above --init_rank {args.init_rank}, the start"
         )
     args.model = args.model or MODEL
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -209,9 +184,8 @@ def plan(args: argparse.Namespace, task: Task, train_size: int, modules: int) ->
     settings, ivon = task.settings, args.optimizer == "ivon"
     args.warmup_steps = scaled(settings.warmup_ivon if ivon else settings.warmup_adamw)
     two_phases = ivon and args.lr is None
-    args.first_lr, args.first_steps = (
-        (settings.first_lr, scaled(settings.first_steps)) if two_phases else (0.0, 0)
-    )
+    args.first_lr = settings.first_lr if two_phases else 0.0
+    args.first_steps = scaled(settings.first_steps) if two_phases else 0
     args.lr = args.lr or (settings.lr_ivon if ivon else settings.lr_adamw)
     args.tinit = scaled(settings.tinit) if args.tinit is None else args.tinit
     args.tfinal = scaled(settings.tfinal) if args.tfinal is None else args.tfinal
@@ -260,25 +234,18 @@ def load_model(
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
+        how = {"num_labels": classes, "dtype": torch.float32, "ignore_mismatched_sizes": True}
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=classes,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            name, **how, output_loading_info=True
         )
     except Exception as error:  # a damaged checkpoint makes the libraries raise all sorts of things
         kind = UsageError if Path(name).is_dir() else ConnectionError
         raise kind(f"--model {name} cannot be loaded: {error}") from error
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if absent := sorted(key for key in absent if HEADS.isdisjoint(key.split("."))):
-        raise UsageError(
-            f"--model {name} has not all of its encoder's weights: {absent[0]} is missing or misshapen"
-        )
+        raise UsageError(f"--model {name} lacks weights of its encoder: {absent[0]} is missing or misshapen")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings or tokenizer.pad_token is None:
-        raise UsageError(
-            f"--model {name} has a tokenizer that does not fit its weights ({len(tokenizer)} tokens)"
-        )
+        raise UsageError(f"--model {name}: the tokenizer's {len(tokenizer)} tokens do not fit the weights")
     return tokenizer, model
 
 
@@ -286,9 +253,8 @@ def tokenize(
     dataset: Mapping[str, list], task: Task, tokenizer: transformers.PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict], Tensor]:
     """Each example's token ids, unpadded, and all labels (n,), int64 or for regression float32."""
-    encoded = tokenizer(
-        *(list(dataset[column]) for column in task.text), truncation=True, max_length=max_length
-    )
+    sentences = (list(dataset[column]) for column in task.text)
+    encoded = tokenizer(*sentences, truncation=True, max_length=max_length)
     features = [dict(zip(encoded, example, strict=True)) for example in zip(*encoded.values(), strict=True)]
     return features, torch.tensor(dataset["label"], dtype=torch.int64 if task.labels else torch.float32)
 
@@ -374,14 +340,12 @@ def save_adapter(
     """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if the optimizer is IVON."""
     folder.mkdir(exist_ok=True)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    write_tensors(
-        folder / "adapter.safetensors", {name: living(name, p, layers) for name, p in trained.items()}
-    )
+    files = {"adapter": trained}
     if isinstance(optimizer, IVON):
-        sigmas = dict(zip(trained, optimizer.sigmas(list(trained.values())), strict=True))
-        write_tensors(
-            folder / "posterior.safetensors", {name: living(name, s, layers) for name, s in sigmas.items()}
-        )
+        files["posterior"] = dict(zip(trained, optimizer.sigmas(list(trained.values())), strict=True))
+    for file, tensors in files.items():
+        kept = {name: living(name, tensor, layers) for name, tensor in tensors.items()}
+        write_tensors(folder / f"{file}.safetensors", kept)
 
 
 def rank_grid(ranks: dict[str, int]) -> str:
@@ -394,21 +358,19 @@ def rank_grid(ranks: dict[str, int]) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["layer  " + "  ".join(columns)]
     for layer, row in rows.items():
-        lines.append(
-            f"{layer:>5}  " + "  ".join(str(row.get(column, "")).rjust(len(column)) for column in columns)
-        )
+        cells = (str(row.get(column, "")).rjust(len(column)) for column in columns)
+        lines.append(f"{layer:>5}  " + "  ".join(cells))
     return "\n".join(lines)
 
 
 def provenance(device: torch.device) -> dict:
     """What else decides a result: versions, code, hardware."""
-    git = subprocess.run(
-        ["git", "-C", HERE, "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    command = ["git", "-C", HERE, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     versions = {module.__name__: module.__version__ for module in (torch, transformers)}
     return {
         "versions": {"python": sys.version.split()[0], **versions},
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit or None,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
@@ -455,6 +417,9 @@ def run(args: argparse.Namespace) -> None:
     for name, p in model.named_parameters():
         if not HEADS.isdisjoint(name.split(".")):
             p.requires_grad_(True)
+    longest = getattr(model.config, "max_position_embeddings", args.max_length)
+    if args.max_length > longest:
+        raise UsageError(f"--max_length {args.max_length} is above the model's {longest} tokens")
     model.to(device).train()
 
     collate = transformers.DataCollatorWithPadding(tokenizer)
@@ -467,16 +432,9 @@ def run(args: argparse.Namespace) -> None:
     budget = plan(args, task, len(features), len(layers))
     trained = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "ivon":
-        optimizer = IVON(
-            trained,
-            args.lr,
-            args.ess,
-            args.hess_init,
-            BETA1,
-            args.beta2,
-            WEIGHT_DECAY,
-            clip_radius=args.clip_radius,
-        )
+        posterior = {"ess": args.ess, "hess_init": args.hess_init, "weight_decay": WEIGHT_DECAY}
+        averages = {"beta1": BETA1, "beta2": args.beta2, "clip_radius": args.clip_radius}
+        optimizer = IVON(trained, args.lr, **posterior, **averages, mc_samples=args.mc_samples)
     else:
         optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.0)
     allocator = RankAllocator(layers, budget, args.score, optimizer)
@@ -488,24 +446,19 @@ def run(args: argparse.Namespace) -> None:
         for name in ("results.json", "metrics.jsonl"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
-        settings = {
-            name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-        }
+        settings = vars(args) | {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(folder)}
         write_json(folder / "config.json", settings | provenance(device))
         journal = (folder / "metrics.jsonl").open("w", buffering=1)
     except OSError as error:
         raise UsageError(f"--output_dir {folder} cannot be written to: {error.strerror}") from None
 
+    first_phase = args.first_lr, args.first_steps
     start, evaluating, pending, best, last = time.perf_counter(), 0.0, [], None, None
     batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed)
-    progress = tqdm(
-        range(1, args.total_steps + 1), desc=args.task, unit="step", mininterval=1, dynamic_ncols=True
-    )
+    progress = tqdm(range(1, args.total_steps + 1), desc=args.task, unit="step", mininterval=1)
     for t in progress:
         # One update: mc_samples draws, each over the same grad_accum micro-batches.
-        lr = learning_rate(
-            t - 1, args.total_steps, args.lr, args.warmup_steps, args.first_lr, args.first_steps
-        )
+        lr = learning_rate(t - 1, args.total_steps, args.lr, args.warmup_steps, *first_phase)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = next(batches)
@@ -532,9 +485,8 @@ def run(args: argparse.Namespace) -> None:
             if not all(map(math.isfinite, losses)):
                 bad = next(r["step"] for r, v in zip(pending, losses, strict=True) if not math.isfinite(v))
                 raise NotFinite(f"the loss is not finite at step {bad} (lr {lr:g})")
-            progress.set_postfix(
-                loss=f"{sum(losses) / len(losses):.3f}", best=best and f"{best[task.metric]:.4f}"
-            )
+            mean, so_far = sum(losses) / len(losses), best and f"{best[task.metric]:.4f}"
+            progress.set_postfix(loss=f"{mean:.3f}", best=so_far)
             pending = []
         if at_evaluation:
             began = time.perf_counter()
@@ -553,19 +505,16 @@ def run(args: argparse.Namespace) -> None:
 
     seconds = time.perf_counter() - start
     ranks = allocator.ranks()
-    sizes = {
-        name: layer.P.shape[0] + 1 + layer.Q.shape[1] for name, layer in layers.items()
-    }  # of one triplet
+    triplet = {name: layer.P.shape[0] + 1 + layer.Q.shape[1] for name, layer in layers.items()}  # parameters
     results = {
-        name: getattr(args, name) for name in ("task", "method", "optimizer", "score", "seed", "demo")
-    } | {
+        **{name: getattr(args, name) for name in ("task", "method", "optimizer", "score", "seed", "demo")},
         "metric": task.metric,
         "best": best,
         "last": last,
         "ranks": ranks,
         "budget": {"b0": budget.initial, "bT": budget.target, "kept": sum(ranks.values())},
-        "trainable_parameters": sum(args.init_rank * size for size in sizes.values()),
-        "kept_parameters": sum(ranks[name] * size for name, size in sizes.items()),
+        "trainable_parameters": sum(args.init_rank * size for size in triplet.values()),
+        "kept_parameters": sum(ranks[name] * size for name, size in triplet.items()),
         "seconds": seconds,
         "steps_per_second": args.total_steps / (seconds - evaluating),
         "peak_memory_mb": peak_memory_mb(device),
@@ -582,9 +531,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(parse_args(argv))
     except UsageError as error:
-        print(
-            "run_glue.py: error:", *str(error).split(), file=sys.stderr
-        )  # one line, whatever a library says
+        # One line, whatever a library says.
+        print("run_glue.py: error:", *str(error).split(), file=sys.stderr)
         return 2
     except NotFinite as error:
         print(f"run_glue.py: stopped: {error}", file=sys.stderr)
