@@ -22,8 +22,9 @@ TARGETS = {
     "roberta": _BERT,
     "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
 }
-# Parts of a model behind the encoder: new and random at the start, trained as they are.
-HEADS = {"pooler", "classifier", "pre_classifier", "score", "lm_head", "cls", "qa_outputs"}
+# Parts of a model behind the encoder: usually new, trained as they are.
+HEADS = {"pooler", "classifier", "pre_classifier", "classification_head", "logits_proj", "sequence_summary"}
+HEADS |= {"score", "lm_head", "cls", "qa_outputs"}
 
 
 class SVDLinear(nn.Module):
@@ -48,7 +49,8 @@ class SVDLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         s_lam = self.scaling * self.lam * self.alive
-        return self.base(x) + F.linear(F.linear(self.dropout(x), self.Q) * s_lam, self.P)
+        y, x = self.base(x), self.dropout(x).to(self.Q.dtype)  # the base may be of a lower precision
+        return y + F.linear(F.linear(x, self.Q) * s_lam, self.P).to(y.dtype)
 
     def delta(self) -> Tensor:
         """s·P Λ Q, what the adapter adds to the base's weight: (d_out, d_in)."""
@@ -69,7 +71,8 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as the authors' code; the paper says Gaussian
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + self.scaling * F.linear(F.linear(self.dropout(x), self.A), self.B)
+        y, x = self.base(x), self.dropout(x).to(self.A.dtype)
+        return y + (self.scaling * F.linear(F.linear(x, self.A), self.B)).to(y.dtype)
 
     def delta(self) -> Tensor:
         """s·B A, what the adapter adds to the base's weight: (d_out, d_in)."""
@@ -87,12 +90,14 @@ def inject(
     Args:
         targets: ends of module names, whole dotted parts ("output.dense" is not "pooler.dense"); TARGETS has
             those of the known architectures.
-        rank: r at the start; 0 gives SVD adapters with nothing in them.
+        rank: r at the start; 0, for "svd" alone, gives adapters with nothing in them.
         kind: "svd" or "lora".
 
     Returns the adapters by module name, in the model's order. Raises ValueError, the model untouched, for a
-    target that names no linear map.
+    target that names no linear map or a rank that cannot be.
     """
+    if rank < (kind == "lora"):
+        raise ValueError(f"{kind} adapters cannot have rank {rank}")
     targets = tuple(targets)
     found, missed = {}, set(targets)
     for name, module in model.named_modules():

@@ -10,8 +10,6 @@ Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Lan
 import logging
 import math
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -29,7 +27,7 @@ class Settings(NamedTuple):
     """How the papers train a task. Steps are updates at batch size 32."""
 
     max_length: int
-    epochs: float
+    epochs: int
     lr_adamw: float
     warmup_adamw: int
     lr_ivon: float
@@ -106,8 +104,18 @@ TASKS = {
 # The embedded model and data of demo/: CoLA's files, and settings for a far smaller encoder than DeBERTaV3.
 DEMO = TASKS["cola"]._replace(
     train_size=2400,
-    settings=SETTINGS["cola"]._replace(epochs=16, lr_adamw=5e-3, lr_ivon=0.4, tinit=150, tfinal=600),
-)
+    settings=SETTINGS["cola"]._replace(
+        epochs=12,
+        lr_adamw=2e-3,
+        warmup_adamw=50,
+        lr_ivon=2.0,
+        warmup_ivon=50,
+        first_lr=0.0,
+        first_steps=0,
+        tinit=100,
+        tfinal=350,
+    ),
+)  # fmt: skip
 COLA_COLUMNS = ["source", "label", "star", "sentence"]  # its train.tsv and dev.tsv have no header
 
 
@@ -130,7 +138,7 @@ def load_task(task: str, data_dir: str | Path | None = None) -> dict[str, "Datas
         try:
             return dict(load_dataset(HUB_DATASET, task))
         except Exception as error:  # of half a dozen libraries
-            raise ConnectionError(f"{HUB_DATASET} does not come from the Hub: {error}") from error
+            raise ConnectionError(f"{HUB_DATASET} could not be loaded from the Hub: {error}") from error
     folder, validation = Path(data_dir) / TASKS[task].folder, TASKS[task].validation
     splits = {}
     for split in ("train", *validation, *(name.replace("validation", "test") for name in validation)):
@@ -153,17 +161,14 @@ def check_hub() -> None:
 
     Nothing is asked when HF_HUB_OFFLINE is set: then the local cache has to do.
     """
-    from huggingface_hub import constants
+    from huggingface_hub import constants, get_session
 
     def knock() -> None:
         try:
-            urllib.request.urlopen(constants.ENDPOINT, timeout=HUB_SECONDS)
-        except urllib.error.HTTPError as answer:
-            trouble[:] = [str(answer)] if answer.code >= 500 else []
-        except OSError as error:
-            trouble[:] = [str(error)]
-        else:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
             trouble.clear()
+        except Exception as error:  # of the Hub's HTTP library, whichever that is
+            trouble[:] = [str(error)]
 
     if constants.HF_HUB_OFFLINE:
         return
@@ -190,12 +195,12 @@ def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict
         raise ValueError(
             f"{path}:1: there is no column {absent[0]!r} in the header, which needs {', '.join(wanted)}"
         )
-    cut_short = 0
+    cut_short = (
+        0  # GLUE's own copy of qqp has a few rows with a line end in a question; no reader counts them
+    )
     for idx, (line, row) in enumerate(rows):
         if task == "qqp" and len(row) < len(header):
-            cut_short += (
-                1  # GLUE's own copy has a few rows with a line end in a question; no reader counts them
-            )
+            cut_short += 1
             continue
         if len(row) != len(header):
             raise ValueError(
@@ -208,6 +213,8 @@ def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from None
         yield example | {"idx": idx}
+        if cut_short > 100:
+            raise ValueError(f"{path}:{line}: the hundredth row with too few columns")
     if cut_short:
         log.warning("%s: left out %d rows that are cut short", path, cut_short)
 

@@ -55,7 +55,7 @@ class IVON(torch.optim.Optimizer):
         params: parameters, or groups of them, which can differ in every setting but mc_samples and sync.
         lr: step size; α = lr·(h0 + δ) with `rescale_lr`, else α = lr.
         ess: effective sample size λ; in the papers the training set's. Larger: a narrower posterior.
-        hess_init: h0 > 0. Larger: a narrower posterior at the start, and an h slower to forget it.
+        hess_init: h0 > 0. Larger: a narrower posterior at the start.
         beta1: decay of the gradient's average g.
         beta2: decay of the Hessian's average h. Its memory is 1/(1 − beta2) steps: for σ to become
             informative within a run that should be well below the run's length.
@@ -89,10 +89,9 @@ class IVON(torch.optim.Optimizer):
         if mc_samples < 1:
             raise ValueError(f"mc_samples must be at least 1, not {mc_samples}")
         self.mc_samples, self.sync = mc_samples, sync
-        self._sampled = False  # inside a block
-        self._draws: list[
-            dict[Tensor, tuple[Tensor, Tensor]]
-        ] = []  # of each block since the last step: ĝ and θ − m
+        self._sampled = False  # whether inside a block
+        # Of each block since the last step: every parameter's ĝ and θ − m.
+        self._draws: list[dict[Tensor, tuple[Tensor, Tensor]]] = []
         defaults = {"lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2}
         defaults |= {"weight_decay": weight_decay, "hess_approx": hess_approx, "clip_radius": clip_radius}
         super().__init__(params, defaults | {"debias": debias, "rescale_lr": rescale_lr, "step": 0})
@@ -118,8 +117,8 @@ class IVON(torch.optim.Optimizer):
         """For the length of the block θ is a draw from N(m, diag(τσ²)); afterwards it is exactly m again.
 
         With `train`, the gradients that the block leaves in `p.grad` become one Monte-Carlo sample of the
-        next `step`. `p.grad` is empty when such a block starts and when it ends: what was there before counts
-        for nothing, and neither does a block that raises. Without `train` (prediction), gradients and state
+        next `step`. `p.grad` is empty when such a block starts and when it ends: what was there before is
+        ignored, and so is a block that raises. Without `train` (prediction), gradients and state
         are left alone.
 
         Args:
@@ -259,7 +258,8 @@ class IVON(torch.optim.Optimizer):
     def _update(self, group: dict, params: list[Tensor]) -> None:
         """One step for one bucket: ĝ and ĥ, then g, h, ḡ and m."""
         ess, delta, beta1 = group["ess"], group["weight_decay"], group["beta1"]
-        g_state, h_state = zip(*(self._state(p, group).values() for p in params), strict=True)
+        states = [self._state(p, group) for p in params]
+        g_state, h_state = [state["g"] for state in states], [state["h"] for state in states]
         g, h = flatten(g_state), flatten(h_state)
         g_hat, h_hat = self._estimates(params, posterior_sigma(h, ess, delta), group)
 

@@ -2,7 +2,7 @@
 
     python run_glue.py --demo                                           # embedded model and data, a minute
     python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
-    python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA as published
+    python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA's own way
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
 
 Settings that are not given are the papers' for the task (glue.py). What a run leaves behind: README.md.
@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import resource
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn
 
@@ -75,30 +77,30 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     scores = "; ".join(f"{name}: {score.about}" for name, score in SCORES.items())
     add = parser.add_argument
     # fmt: off
-    add("--task", choices=TASKS, help="needed, but for --demo")
-    add("--method", choices=["adalora"], default="adalora")
-    add("--optimizer", choices=["ivon", "adamw"], default="ivon")
-    add("--score", choices=SCORES, default="mu", help=scores)
-    add("--target_rank", type=number(0), default=2.0, help="average rank kept; 0: head alone")
+    add("--task", choices=TASKS, help="required unless --demo")
+    add("--method", choices=["adalora"], default="adalora", help="(adalora)")
+    add("--optimizer", choices=["ivon", "adamw"], default="ivon", help="(ivon)")
+    add("--score", choices=SCORES, default="mu", help=f"{scores} (mu)")
+    add("--target_rank", type=number(0), default=2.0, help="average rank kept, may be fractional (2)")
     add("--init_rank", type=whole(0), help="rank at the start (1.5 × target, rounded)")
-    add("--targets", nargs="+", metavar="NAME", help="ends of names of linear maps (known for many encoders)")
+    add("--targets", nargs="+", metavar="NAME", help="ends of linear maps' names (the architecture's own)")
     add("--model", help=f"a Hub name or a local checkpoint folder ({MODEL})")
     add("--data_dir", type=Path, help="a folder in GLUE's own layout (the Hub's copy)")
     add("--demo", action="store_true", help="the embedded model and data: no download")
-    add("--seed", type=whole(0), default=2021)
-    add("--epochs", type=number(above=0))
+    add("--seed", type=whole(0), default=2021, help="of everything random (2021)")
+    add("--epochs", type=number(above=0), help="(the task's, as all without a default here)")
     add("--max_steps", type=whole(1), help="updates in all, instead of epochs")
-    add("--batch_size", type=whole(1), default=32, help="examples in a forward pass")
-    add("--grad_accum", type=whole(1), default=1, help="forward passes in an update")
+    add("--batch_size", type=whole(1), default=32, help="examples in a forward pass (32)")
+    add("--grad_accum", type=whole(1), default=1, help="forward passes in an update (1)")
     add("--lr", type=number(above=0), help="peak of one warm-up and linear decay (IVON: no first phase then)")
     add("--max_length", type=whole(4), help="tokens")
     add("--eval_every", type=whole(1), help="updates")
-    add("--eval_batch_size", type=whole(1), default=128)
-    add("--mc_samples", type=whole(1), default=1, help="IVON's draws in an update")
+    add("--eval_batch_size", type=whole(1), default=128, help="(128)")
+    add("--mc_samples", type=whole(1), default=1, help="IVON's draws in an update (1)")
     add("--ess", type=number(above=0), help="IVON's effective sample size (number of training examples)")
-    add("--hess_init", type=number(above=0), default=1.0, help="IVON's h0")
-    add("--beta2", type=number(0, below=1), default=0.99999, help="IVON's")
-    add("--clip_radius", type=number(above=0), default=1e-3, help="IVON's ξ")
+    add("--hess_init", type=number(above=0), help="IVON's h0 (1)")
+    add("--beta2", type=number(0, below=1), help="IVON's (0.99999)")
+    add("--clip_radius", type=number(above=0), help="IVON's ξ (0.001)")
     add("--orth", type=number(0), help="γ, weight of the orthogonality penalty")
     add("--tinit", type=whole(0), help="t_i, updates before pruning starts")
     add("--tfinal", type=whole(0), help="t_f, updates with the final pattern")
@@ -132,8 +134,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("max_length", "epochs", "eval_every", "alpha", "orth"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(settings, name))
-    if args.mc_samples > 1 and args.optimizer != "ivon":
-        raise UsageError(f"--mc_samples needs a posterior to draw from, which {args.optimizer} has not")
+    if args.optimizer == "ivon":
+        args.beta1, args.weight_decay = BETA1, WEIGHT_DECAY
+        args.hess_init, args.beta2 = args.hess_init or 1.0, 0.99999 if args.beta2 is None else args.beta2
+        args.clip_radius = args.clip_radius or 1e-3
+    elif args.mc_samples > 1 or any((args.ess, args.hess_init, args.beta2, args.clip_radius)):
+        raise UsageError("--mc_samples, --ess, --hess_init, --beta2 and --clip_radius need --optimizer ivon")
     name = f"{args.task}-{args.method}-{args.optimizer}-{args.score}-r{args.target_rank:g}-s{args.seed}"
     args.output_dir = args.output_dir or Path("runs") / name
     return args
@@ -149,7 +155,7 @@ def number(
         if not (math.isfinite(value) and least <= value < below and value > above):
             bounds = [f"{least:g} or more"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
             bounds += [f"below {below:g}"] * (below < math.inf)
-            raise argparse.ArgumentTypeError(f"{text} is not a number {' and '.join(bounds)}")
+            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(bounds or ['finite'])}")
         return value
 
     parse.__name__ = "number"
@@ -161,7 +167,7 @@ def whole(least: int) -> Callable[[str], int]:
 
     def parse(text: str) -> int:
         value = int(text)
-        if value < least:
+        if not least <= value < 2**63:
             raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
         return value
 
@@ -190,7 +196,8 @@ def plan(args: argparse.Namespace, task: Task, train_size: int, modules: int) ->
     args.tinit = scaled(settings.tinit) if args.tinit is None else args.tinit
     args.tfinal = scaled(settings.tfinal) if args.tfinal is None else args.tfinal
     args.delta_t = max(1, scaled(settings.delta_t)) if args.delta_t is None else args.delta_t
-    args.ess = args.ess or float(train_size)
+    args.ess = args.ess or (float(train_size) if ivon else None)
+    args.epochs = args.total_steps / per_epoch
     initial, target = args.init_rank * modules, round(args.target_rank * modules)
     try:
         return CubicBudget(initial, target, args.total_steps, args.tinit, args.tfinal, args.delta_t)
@@ -244,7 +251,9 @@ def load_model(
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if absent := sorted(key for key in absent if HEADS.isdisjoint(key.split("."))):
         raise UsageError(f"--model {name} lacks weights of its encoder: {absent[0]} is missing or misshapen")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings or tokenizer.pad_token is None:
+    if tokenizer.pad_token is None:
+        raise UsageError(f"--model {name}: the tokenizer has no padding token")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UsageError(f"--model {name}: the tokenizer's {len(tokenizer)} tokens do not fit the weights")
     return tokenizer, model
 
@@ -315,10 +324,11 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(beside, path)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file; all of it or nothing."""
+def write_tensors(path: Path, tensors: dict[str, Tensor], scaling: float) -> None:
+    """A safetensors file, with the adapters' s beside; all of it or nothing."""
     beside = path.with_name(path.name + ".new")
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(tensors, beside, metadata={"format": "pt", "scaling": str(scaling)})
     os.replace(beside, path)
 
 
@@ -345,7 +355,7 @@ def save_adapter(
         files["posterior"] = dict(zip(trained, optimizer.sigmas(list(trained.values())), strict=True))
     for file, tensors in files.items():
         kept = {name: living(name, tensor, layers) for name, tensor in tensors.items()}
-        write_tensors(folder / f"{file}.safetensors", kept)
+        write_tensors(folder / f"{file}.safetensors", kept, next(iter(layers.values())).scaling)
 
 
 def rank_grid(ranks: dict[str, int]) -> str:
@@ -365,12 +375,14 @@ def rank_grid(ranks: dict[str, int]) -> str:
 
 def provenance(device: torch.device) -> dict:
     """What else decides a result: versions, code, hardware."""
-    command = ["git", "-C", HERE, "rev-parse", "HEAD"] if shutil.which("git") else ["true"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    commit = None
+    if shutil.which("git") and (HERE / ".git").exists():
+        command = ["git", "-C", HERE, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    packages = ("torch", "transformers", "datasets", "numpy", "scipy", "safetensors")
     return {
-        "versions": {"python": sys.version.split()[0], **versions},
-        "git_commit": commit or None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "git_commit": commit,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
@@ -393,31 +405,37 @@ def run(args: argparse.Namespace) -> None:
     if (args.output_dir / "results.json").exists() and not args.overwrite:
         raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
     try:
-        device = torch.empty(0, device=args.device).device
-    except (RuntimeError, AssertionError) as error:
+        device = torch.device(args.device)
+        torch.zeros(1, device=device).cpu()
+    except Exception as error:  # every backend that is not there says so in its own way
         raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
     try:
         dataset = load_task(args.task, args.data_dir)
         torch.manual_seed(args.seed)
         tokenizer, model = load_model(args.model, len(task.labels) or 1)
     except ConnectionError as error:
-        raise UsageError(f"{error}; use --demo, or local folders with --model and --data_dir") from None
+        cached = ", or HF_HUB_OFFLINE=1 for what was downloaded before"
+        raise UsageError(
+            f"{error}; use --demo, or local folders with --model and --data_dir{cached}"
+        ) from None
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
 
     # Inject: the encoder is frozen, adapters and head are trained.
-    targets = args.targets or TARGETS.get(model.config.model_type)
-    if targets is None:
+    args.targets = args.targets or TARGETS.get(model.config.model_type)
+    if args.targets is None:
         maps = ", ".join(linear_maps(model))
         raise UsageError(f"a {model.config.model_type} model needs --targets; its linear maps are {maps}")
     try:
-        layers = inject(model, targets, args.init_rank, args.alpha)
+        layers = inject(model, args.targets, args.init_rank, args.alpha)
     except ValueError as error:
         raise UsageError(f"--targets: {error}") from None
     for name, p in model.named_parameters():
         if not HEADS.isdisjoint(name.split(".")):
             p.requires_grad_(True)
-    longest = getattr(model.config, "max_position_embeddings", args.max_length)
+    longest = min(
+        getattr(model.config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length
+    )
     if args.max_length > longest:
         raise UsageError(f"--max_length {args.max_length} is above the model's {longest} tokens")
     model.to(device).train()
@@ -432,9 +450,8 @@ def run(args: argparse.Namespace) -> None:
     budget = plan(args, task, len(features), len(layers))
     trained = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "ivon":
-        posterior = {"ess": args.ess, "hess_init": args.hess_init, "weight_decay": WEIGHT_DECAY}
-        averages = {"beta1": BETA1, "beta2": args.beta2, "clip_radius": args.clip_radius}
-        optimizer = IVON(trained, args.lr, **posterior, **averages, mc_samples=args.mc_samples)
+        names = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "mc_samples")
+        optimizer = IVON(trained, **{name: getattr(args, name) for name in names})
     else:
         optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.0)
     allocator = RankAllocator(layers, budget, args.score, optimizer)
@@ -481,10 +498,9 @@ def run(args: argparse.Namespace) -> None:
         if at_evaluation or len(pending) == FLUSH_EVERY:
             losses = torch.stack([record["loss"] for record in pending]).tolist()
             for record, value in zip(pending, losses, strict=True):
+                if not math.isfinite(value):
+                    raise NotFinite(f"the loss is not finite at step {record['step']} (lr {record['lr']:g})")
                 journal.write(json.dumps(record | {"loss": value}) + "\n")
-            if not all(map(math.isfinite, losses)):
-                bad = next(r["step"] for r, v in zip(pending, losses, strict=True) if not math.isfinite(v))
-                raise NotFinite(f"the loss is not finite at step {bad} (lr {lr:g})")
             mean, so_far = sum(losses) / len(losses), best and f"{best[task.metric]:.4f}"
             progress.set_postfix(loss=f"{mean:.3f}", best=so_far)
             pending = []
@@ -533,6 +549,10 @@ def main(argv: list[str] | None = None) -> int:
     except UsageError as error:
         # One line, whatever a library says.
         print("run_glue.py: error:", *str(error).split(), file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        mend = "a smaller --batch_size and as much more --grad_accum, or a smaller --eval_batch_size"
+        print(f"run_glue.py: error: out of memory: give {mend}", file=sys.stderr)
         return 2
     except NotFinite as error:
         print(f"run_glue.py: stopped: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ Everything here is a function of tensors; only `SensitivityEMA` remembers anythi
 
 [A] Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023.
 [C] Chen and Garner, "A Bayesian Interpretation of Adaptive Low-Rank Adaptation", arXiv 2409.10673.
-[L] Li et al., "Sparse Subspace Variational Inference", 2024.
+[L] Li et al., "Training Bayesian Neural Networks with Sparse Subspace Variational Inference", ICLR 2024.
 """
 
 import math

@@ -67,9 +67,8 @@ class RankAllocator:
         self._groups: dict[tuple[int, ...], list[SVDLinear]] = defaultdict(list)
         for layer in layers.values():
             self._groups[(*layer.P.shape, layer.Q.shape[1])].append(layer)
-        self._fixed: tuple[list[Tensor], list[Tensor]] | None = (
-            None  # every P, λ, Q and its mask, from T − t_f on
-        )
+        # From T − t_f on: every P, λ and Q, and the mask that each is held to.
+        self._fixed: tuple[list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def step(self, t: int) -> None:

@@ -214,6 +214,20 @@ def test_a_target_that_is_no_linear_map_is_an_error():
         inject(encoder("bert"), ["attention.output"], rank=3, alpha=32)
 
 
+def test_plain_lora_cannot_have_rank_0():
+    with pytest.raises(ValueError, match="rank 0"):
+        inject(encoder("bert"), TARGETS["bert"], rank=0, alpha=32, kind="lora")
+
+
+@pytest.mark.parametrize("kind", [SVDLinear, LoRALinear])
+def test_a_base_of_lower_precision_keeps_it_and_its_adapter_is_float32(kind: type):
+    layer = kind(nn.Linear(4, 5).bfloat16(), 2, alpha=4)
+    y = layer(torch.randn(3, 4).bfloat16())
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert {p.grad.dtype for p in layer.parameters() if p.grad is not None} == {torch.float32, torch.bfloat16}
+
+
 def test_an_unknown_architecture_can_say_which_linear_maps_it_has():
     model = AutoModelForSequenceClassification.from_config(ElectraConfig(**SIZES, embedding_size=8))
     attention = ["attention.output.dense", *(f"attention.self.{part}" for part in ("key", "query", "value"))]

@@ -374,7 +374,14 @@ REFUSED = {
         )
         for score in ("snr_abs", "snr", "inv_sigma")
     },
-    "draws with adamw": (["--task", "cola", "--optimizer", "adamw", "--mc_samples", "2"], "--mc_samples"),
+    **{
+        f"{flag} with adamw": (["--task", "cola", "--optimizer", "adamw", flag, "2"], "--optimizer ivon")
+        for flag in ("--mc_samples", "--ess", "--hess_init", "--clip_radius")
+    },
+    "more tokens than the model takes": (["--demo", "--max_length", "1000"], "--max_length 1000"),
+    "a seed beyond 64 bits": (["--demo", "--seed", str(2**70)], "--seed"),
+    "a device without data": (["--demo", "--device", "meta"], "--device meta"),
+    "a device that torch knows of": (["--demo", "--device", "hpu"], "--device hpu"),
     "another task's demo": (["--demo", "--task", "rte"], "cola"),
     "a demo with another model": (["--demo", "--model", "x"], "--model"),
     "target above start": (["--demo", "--target_rank", "4", "--init_rank", "3"], "--init_rank 3"),
@@ -488,7 +495,7 @@ def test_an_output_folder_that_is_a_file_is_refused(bert: Path, glue_folder: Pat
 @pytest.mark.parametrize(
     "known", [[], ["--data_dir", str(HERE / "demo")]], ids=["data and model", "model alone"]
 )
-def test_a_hub_that_cannot_be_reached_is_said_within_10_seconds(known: list[str], tmp_path: Path):
+def test_a_hub_that_does_not_answer_is_said_within_seconds(known: list[str], tmp_path: Path):
     with socket.socket() as listener:  # accepts, and never answers
         listener.bind(("127.0.0.1", 0))
         listener.listen()
