@@ -328,7 +328,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], scaling: float) -> Non
     """A safetensors file, with the adapters' s beside; all of it or nothing."""
     beside = path.with_name(path.name + ".new")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, beside, metadata={"format": "pt", "scaling": str(scaling)})
+    save_file(tensors, beside, metadata={"scaling": str(scaling)})
     os.replace(beside, path)
 
 

@@ -194,7 +194,7 @@ def test_a_missing_hub_is_found_out_within_seconds(silent: bool, monkeypatch: py
 
 @pytest.mark.parametrize(
     ("task", "steps"),
-    zip(TASKS, [6700, 50520, 3450, 4500, 56855, 85904, 16370, 3900], strict=True),
+    list(zip(TASKS, [6700, 50520, 3450, 4500, 56855, 85904, 16370, 3900], strict=True)),
 )
 def test_the_papers_runs_have_this_many_updates(task: str, steps: int):
     assert TASKS[task].total_steps == steps
