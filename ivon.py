@@ -118,8 +118,8 @@ class IVON(torch.optim.Optimizer):
 
         With `train`, the gradients that the block leaves in `p.grad` become one Monte-Carlo sample of the
         next `step`. `p.grad` is empty when such a block starts and when it ends: what was there before is
-        ignored, and so is a block that raises. Without `train` (prediction), gradients and state
-        are left alone.
+        ignored, and so is a block that raises. Without `train` (prediction), gradients and state are left
+        alone.
 
         Args:
             temperature: τ ≥ 0; 0 is the mean, 1 the posterior (the only one to train with).
@@ -232,11 +232,8 @@ class IVON(torch.optim.Optimizer):
         """The mean m and a deviation θ − m = √τ·σ·ε of some parameters of a group, each as a flat vector."""
         mean = flatten(params).clone()  # flattening a single tensor gives a view of it
         h = flatten([self._state(p, group)["h"] for p in params])
-        deviation = (
-            torch.randn_like(mean)
-            * posterior_sigma(h, group["ess"], group["weight_decay"])
-            * sqrt(temperature)
-        )
+        sigma = posterior_sigma(h, group["ess"], group["weight_decay"])
+        deviation = torch.randn_like(mean) * sigma * sqrt(temperature)
         return mean, deviation
 
     def _estimates(self, params: list[Tensor], sigma: Tensor, group: dict) -> tuple[Tensor, Tensor]:
