@@ -50,7 +50,9 @@ CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
     "weights": ("*.safetensors", "pytorch_model*.bin"),
     "tokenizer": ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json", "*.model"),
 }
-BETA1, WEIGHT_DECAY = 0.9, 1e-8  # IVON's in the papers
+# IVON's in the papers; ess None is the number of training examples.
+IVON_SETTINGS = {"mc_samples": 1, "ess": None, "hess_init": 1.0, "beta2": 0.99999, "clip_radius": 1e-3}
+IVON_FIXED = {"beta1": 0.9, "weight_decay": 1e-8}
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -96,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_length", type=whole(4), help="tokens")
     add("--eval_every", type=whole(1), help="updates")
     add("--eval_batch_size", type=whole(1), default=128, help="(128)")
-    add("--mc_samples", type=whole(1), default=1, help="IVON's draws in an update (1)")
+    add("--mc_samples", type=whole(1), help="IVON's draws in an update (1)")
     add("--ess", type=number(above=0), help="IVON's effective sample size (number of training examples)")
     add("--hess_init", type=number(above=0), help="IVON's h0 (1)")
     add("--beta2", type=number(0, below=1), help="IVON's (0.99999)")
@@ -121,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.task is None:
         raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
     if SCORES[args.score].needs == "sigma" and args.optimizer != "ivon":
-        raise UsageError(f"--score {args.score} needs a posterior: use --optimizer ivon, or another score")
+        raise UsageError(f"--score {args.score} needs σ, a posterior: use --optimizer ivon, or another score")
     if args.init_rank is None:
         args.init_rank = max(math.floor(1.5 * args.target_rank + 0.5), math.ceil(args.target_rank))
     if args.target_rank > args.init_rank:
@@ -130,16 +132,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
     args.model = args.model or MODEL
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    settings = (DEMO if args.demo else TASKS[args.task]).settings
+    task = DEMO if args.demo else TASKS[args.task]
     for name in ("max_length", "epochs", "eval_every", "alpha", "orth"):
         if getattr(args, name) is None:
-            setattr(args, name, getattr(settings, name))
-    if args.optimizer == "ivon":
-        args.beta1, args.weight_decay = BETA1, WEIGHT_DECAY
-        args.hess_init, args.beta2 = args.hess_init or 1.0, 0.99999 if args.beta2 is None else args.beta2
-        args.clip_radius = args.clip_radius or 1e-3
-    elif args.mc_samples > 1 or any((args.ess, args.hess_init, args.beta2, args.clip_radius)):
-        raise UsageError("--mc_samples, --ess, --hess_init, --beta2 and --clip_radius need --optimizer ivon")
+            setattr(args, name, getattr(task.settings, name))
+    if args.max_steps or args.demo or args.data_dir is None:
+        # The length of the run is known before anything is loaded, and so whether it can be.
+        plan(argparse.Namespace(**vars(args)), task, task.train_size, modules=1)
+    for name, default in IVON_SETTINGS.items():
+        if args.optimizer != "ivon" and getattr(args, name) is not None:
+            raise UsageError(f"--{name} is a setting of IVON: leave it out, or use --optimizer ivon")
+        if args.optimizer == "ivon" and getattr(args, name) is None:
+            setattr(args, name, default)
     name = f"{args.task}-{args.method}-{args.optimizer}-{args.score}-r{args.target_rank:g}-s{args.seed}"
     args.output_dir = args.output_dir or Path("runs") / name
     return args
@@ -450,8 +454,8 @@ def run(args: argparse.Namespace) -> None:
     budget = plan(args, task, len(features), len(layers))
     trained = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "ivon":
-        names = ("lr", "ess", "hess_init", "beta1", "beta2", "weight_decay", "clip_radius", "mc_samples")
-        optimizer = IVON(trained, **{name: getattr(args, name) for name in names})
+        posterior = {name: getattr(args, name) for name in IVON_SETTINGS}
+        optimizer = IVON(trained, args.lr, **posterior, **IVON_FIXED)
     else:
         optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.0)
     allocator = RankAllocator(layers, budget, args.score, optimizer)
@@ -464,30 +468,31 @@ def run(args: argparse.Namespace) -> None:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         settings = vars(args) | {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(folder)}
+        settings |= IVON_FIXED if args.optimizer == "ivon" else {}
         write_json(folder / "config.json", settings | provenance(device))
         journal = (folder / "metrics.jsonl").open("w", buffering=1)
     except OSError as error:
         raise UsageError(f"--output_dir {folder} cannot be written to: {error.strerror}") from None
 
-    first_phase = args.first_lr, args.first_steps
+    first_phase, draws = (args.first_lr, args.first_steps), args.mc_samples or 1
     start, evaluating, pending, best, last = time.perf_counter(), 0.0, [], None, None
     batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed)
     progress = tqdm(range(1, args.total_steps + 1), desc=args.task, unit="step", mininterval=1)
     for t in progress:
-        # One update: mc_samples draws, each over the same grad_accum micro-batches.
+        # One update: a number of draws, each over the same grad_accum micro-batches.
         lr = learning_rate(t - 1, args.total_steps, args.lr, args.warmup_steps, *first_phase)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batch = next(batches)
         batch = batch[lengths[batch].argsort()]  # micro-batches of like length need less padding
         loss = torch.zeros((), device=device)
-        for _ in range(args.mc_samples):
+        for _ in range(draws):
             with optimizer.sampled_params(train=True) if args.optimizer == "ivon" else nullcontext():
                 for micro in batch.split(args.batch_size):
                     inputs = collate([features[i] for i in micro]).to(device)
                     micro_loss = task_loss(model(**inputs).logits, labels[micro]) * (len(micro) / len(batch))
                     micro_loss.backward()
-                    loss += micro_loss.detach() / args.mc_samples
+                    loss += micro_loss.detach() / draws
                 (args.orth * orthogonality_penalty(layers)).backward()
         optimizer.step()
         allocator.step(t)

@@ -373,7 +373,7 @@ REFUSED = {
         for score in ("snr_abs", "snr", "inv_sigma")
     },
     **{
-        f"{flag} with adamw": (["--task", "cola", "--optimizer", "adamw", flag, "2"], "--optimizer ivon")
+        f"{flag} with adamw": (["--task", "cola", "--optimizer", "adamw", flag, "2"], flag)
         for flag in ("--mc_samples", "--ess", "--hess_init", "--clip_radius")
     },
     "more tokens than the model takes": (["--demo", "--max_length", "1000"], "--max_length 1000"),
@@ -385,6 +385,10 @@ REFUSED = {
     "target above start": (["--demo", "--target_rank", "4", "--init_rank", "3"], "--init_rank 3"),
     "negative rank": (["--demo", "--target_rank", "-1"], "--target_rank"),
     "no pruning steps": (["--demo", "--max_steps", "100", "--tinit", "60", "--tfinal", "40"], "--tinit"),
+    "no pruning steps in the Hub's data": (
+        ["--task", "rte", "--tinit", "2000", "--tfinal", "1900"],
+        "--tfinal",
+    ),
     "t_i beyond the end": (["--demo", "--max_steps", "10", "--tinit", "60"], "--tinit"),
     "no interval": (["--demo", "--delta_t", "0"], "--delta_t"),
     "no steps": (["--demo", "--max_steps", "0"], "--max_steps"),
