@@ -1,7 +1,9 @@
 """glue.py: GLUE's own layout with its oddities, the counts of the real files, the papers' settings."""
 
+import http.server
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -187,6 +189,24 @@ def test_a_missing_hub_is_found_out_within_seconds(silent: bool, monkeypatch: py
         with pytest.raises(ConnectionError, match=address):
             check_hub()
         assert time.monotonic() - start < 8
+
+
+@pytest.mark.parametrize("status", [200, 404])
+def test_a_hub_that_answers_is_there(status: int, monkeypatch: pytest.MonkeyPatch):
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        check_hub()
+        server.shutdown()
 
 
 # --- settings -----------------------------------------------------------------------------------------------
