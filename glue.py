@@ -131,7 +131,7 @@ def load_task(task: str, data_dir: str | Path | None = None) -> dict[str, "Datas
     file is not as it should be.
     """
     if data_dir is None:
-        check_hub()
+        check_hub()  # before an import that takes seconds itself
     from datasets import Dataset, load_dataset
 
     if data_dir is None:
