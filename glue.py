@@ -101,6 +101,9 @@ TASKS = {
                  2490, ONE, "accuracy", SETTINGS["rte"]),
 }
 # fmt: on
+LORA_LR = 2e-4  # with AdamW; with IVON as AdaLoRA
+FULL_LR, FULL_LR_MNLI, FULL_LR_IVON = 2e-5, 1.5e-5, 0.1
+FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
 # The embedded model and data of demo/: CoLA's files, and settings for a far smaller encoder than DeBERTaV3.
 DEMO = TASKS["cola"]._replace(
     train_size=2400,
@@ -116,6 +119,20 @@ DEMO = TASKS["cola"]._replace(
         tfinal=350,
     ),
 )  # fmt: skip
+
+
+def task_of(name: str, method: str, demo: bool = False) -> Task:
+    """A task with the settings of a method: "adalora", "lora" or "full"; the demo has one for all three."""
+    task = DEMO if demo else TASKS[name]
+    if demo or method == "adalora":
+        return task
+    if method == "lora":
+        return task._replace(settings=task.settings._replace(lr_adamw=LORA_LR))
+    full = {"lr_adamw": FULL_LR_MNLI if name == "mnli" else FULL_LR, "lr_ivon": FULL_LR_IVON}
+    full |= {"first_lr": 0.0, "first_steps": 0, "epochs": FULL_EPOCHS.get(name, task.settings.epochs)}
+    return task._replace(settings=task.settings._replace(**full))
+
+
 COLA_COLUMNS = ["source", "label", "star", "sentence"]  # its train.tsv and dev.tsv have no header
 
 

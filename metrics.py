@@ -1,8 +1,11 @@
-"""GLUE's metrics, and calibration, from arrays.
+"""GLUE's metrics, calibration, and the agreement of importance scores, from arrays.
 
 Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Brier, "Verification of forecasts
 expressed in terms of probability", 1950.
 """
+
+import itertools
+from collections.abc import Mapping
 
 import numpy as np
 import scipy  # scipy.stats takes a while and is imported on its first use
@@ -79,3 +82,30 @@ def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str
         "ece": float(np.abs(gap).sum() / n),
         "brier": float(((probs - np.eye(classes)[labels]) ** 2).sum(axis=1).mean()),
     }
+
+
+def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[str, float | None]]:
+    """How far importance scores of the same n triplets agree, for each pair of them ("a/b").
+
+    "spearman": the rank correlation of the two; None where one is the same for all triplets.
+    "jaccard": of the two sets of k triplets with the highest scores (ties go to the earlier one), the size of
+    their intersection over that of their union; 1 for k = 0.
+
+    Args:
+        scores: by name, (n,) each; at least two.
+        k: 0 ≤ k ≤ n.
+    """
+    S = np.stack(list(scores.values()))
+    ranks = scipy.stats.rankdata(S, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    norms = np.linalg.norm(ranks, axis=1)
+    spearman = np.clip(ranks @ ranks.T / np.maximum(np.outer(norms, norms), 1e-300), -1, 1)
+    top = np.zeros_like(S, dtype=np.int64)
+    np.put_along_axis(top, np.argsort(-S, axis=1, kind="stable")[:, :k], 1, axis=1)
+    both = top @ top.T  # sizes of the intersections; two sets of k have 2k − both in their union
+    agreement = {"spearman": {}, "jaccard": {}}
+    for (i, a), (j, b) in itertools.combinations(enumerate(scores), 2):
+        defined = norms[i] > 0 and norms[j] > 0
+        agreement["spearman"][f"{a}/{b}"] = float(spearman[i, j]) if defined else None
+        agreement["jaccard"][f"{a}/{b}"] = float(both[i, j] / (2 * k - both[i, j])) if k else 1.0
+    return agreement

@@ -32,14 +32,14 @@ import torch
 import torch.nn.functional as F
 import transformers  # its parts are imported on their first use: what is wrong with a command is said sooner
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from adalora import HEADS, TARGETS, SVDLinear, inject, linear_maps, orthogonality_penalty
 from budget import CubicBudget
-from glue import DEMO, TASKS, Task, check_hub, load_task
+from glue import TASKS, Task, check_hub, load_task, task_of
 from ivon import IVON
-from metrics import task_metrics
+from metrics import score_agreement, task_metrics
 from scores import SCORES
 from vilora import RankAllocator
 
@@ -52,7 +52,15 @@ CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
 }
 # IVON's in the papers; ess None is the number of training examples.
 IVON_SETTINGS = {"mc_samples": 1, "ess": None, "hess_init": 1.0, "beta2": 0.99999, "clip_radius": 1e-3}
-IVON_FIXED = {"beta1": 0.9, "weight_decay": 1e-8}
+IVON_BETA1, IVON_DECAY, IVON_DECAY_FULL = 0.9, 1e-8, 1e-5  # the last in full fine-tuning
+# Flags that only some methods have.
+ADALORA_FLAGS = ("score", "init_rank", "orth", "squared_orth", "tinit", "tfinal", "delta_t", "track_scores")
+OTHER_FLAGS = {
+    "adalora": (),
+    "lora": ADALORA_FLAGS,
+    "full": (*ADALORA_FLAGS, "target_rank", "targets", "alpha"),
+}
+GROUP = 50  # batches that --group_by_length sorts together
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -80,10 +88,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     # fmt: off
     add("--task", choices=TASKS, help="required unless --demo")
-    add("--method", choices=["adalora"], default="adalora", help="(adalora)")
+    add("--method", choices=OTHER_FLAGS, default="adalora", help="full: no adapters (adalora)")
     add("--optimizer", choices=["ivon", "adamw"], default="ivon", help="(ivon)")
-    add("--score", choices=SCORES, default="mu", help=f"{scores} (mu)")
-    add("--target_rank", type=number(0), default=2.0, help="average rank kept, may be fractional (2)")
+    add("--score", choices=SCORES, help=f"{scores} (mu)")
+    add("--target_rank", type=number(0), help="average rank kept, may be fractional with adalora (2)")
     add("--init_rank", type=whole(0), help="rank at the start (1.5 × target, rounded)")
     add("--targets", nargs="+", metavar="NAME", help="ends of linear maps' names (the architecture's own)")
     add("--model", help=f"a Hub name or a local checkpoint folder ({MODEL})")
@@ -94,6 +102,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_steps", type=whole(1), help="updates in all, instead of epochs")
     add("--batch_size", type=whole(1), default=32, help="examples in a forward pass (32)")
     add("--grad_accum", type=whole(1), default=1, help="forward passes in an update (1)")
+    add("--group_by_length", action="store_true", help="batches of examples of like length: less padding")
     add("--lr", type=number(above=0), help="peak of one warm-up and linear decay (IVON: no first phase then)")
     add("--max_length", type=whole(4), help="tokens")
     add("--eval_every", type=whole(1), help="updates")
@@ -104,10 +113,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--beta2", type=number(0, below=1), help="IVON's (0.99999)")
     add("--clip_radius", type=number(above=0), help="IVON's ξ (0.001)")
     add("--orth", type=number(0), help="γ, weight of the orthogonality penalty")
+    add("--squared_orth", action="store_true", help="the penalty as the paper writes it, a sum of squares")
     add("--tinit", type=whole(0), help="t_i, updates before pruning starts")
     add("--tfinal", type=whole(0), help="t_f, updates with the final pattern")
     add("--delta_t", type=whole(1), help="ΔT, updates between two allocations")
-    add("--alpha", type=number(above=0), help="adapters are scaled by alpha / init_rank")
+    add("--alpha", type=number(above=0), help="adapters are scaled by alpha / rank at the start")
+    add("--track_scores", action="store_true", help="record how far the scores agree, at each allocation")
     add("--device", help="cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     add("--output_dir", type=Path, help="(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)")
     add("--overwrite", action="store_true", help="replace a finished run in the output folder")
@@ -122,19 +133,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.task, args.model, args.data_dir = "cola", str(HERE / "demo/model"), HERE / "demo"
     if args.task is None:
         raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
-    if SCORES[args.score].needs == "sigma" and args.optimizer != "ivon":
+    for name in OTHER_FLAGS[args.method]:
+        if not (getattr(args, name) is None or getattr(args, name) is False):
+            raise UsageError(f"--method {args.method} has no --{name}: leave it out")
+    method_ranks(args)
+    if args.method == "adalora" and SCORES[args.score].needs == "sigma" and args.optimizer != "ivon":
         raise UsageError(f"--score {args.score} needs σ, a posterior: use --optimizer ivon, or another score")
-    if args.init_rank is None:
-        args.init_rank = max(math.floor(1.5 * args.target_rank + 0.5), math.ceil(args.target_rank))
-    if args.target_rank > args.init_rank:
-        raise UsageError(
-            f"--target_rank {args.target_rank:g} is above --init_rank {args.init_rank}, the start"
-        )
     args.model = args.model or MODEL
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    task = DEMO if args.demo else TASKS[args.task]
+    task = task_of(args.task, args.method, args.demo)
     for name in ("max_length", "epochs", "eval_every", "alpha", "orth"):
-        if getattr(args, name) is None:
+        if getattr(args, name) is None and name not in OTHER_FLAGS[args.method]:
             setattr(args, name, getattr(task.settings, name))
     if args.max_steps or args.demo or args.data_dir is None:
         # The length of the run is known before anything is loaded, and so whether it can be.
@@ -144,9 +153,36 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UsageError(f"--{name} is a setting of IVON: leave it out, or use --optimizer ivon")
         if args.optimizer == "ivon" and getattr(args, name) is None:
             setattr(args, name, default)
-    name = f"{args.task}-{args.method}-{args.optimizer}-{args.score}-r{args.target_rank:g}-s{args.seed}"
-    args.output_dir = args.output_dir or Path("runs") / name
+    args.beta1 = IVON_BETA1 if args.optimizer == "ivon" else None
+    args.weight_decay = 0.0 if args.optimizer == "adamw" else IVON_DECAY
+    if args.method == "full" and args.optimizer == "ivon":
+        args.weight_decay = IVON_DECAY_FULL
+    rank = None if args.target_rank is None else f"r{args.target_rank:g}"
+    parts = (args.task, args.method, args.optimizer, args.score, rank, f"s{args.seed}")
+    args.output_dir = args.output_dir or Path("runs") / "-".join(part for part in parts if part)
     return args
+
+
+def method_ranks(args: argparse.Namespace) -> None:
+    """Fill in score and ranks of a method that has them."""
+    if args.method == "full":
+        args.target_rank = args.init_rank = None
+        return
+    args.target_rank = 2.0 if args.target_rank is None else args.target_rank
+    if args.method == "lora":
+        if args.target_rank < 1 or args.target_rank % 1:
+            raise UsageError(
+                f"--target_rank {args.target_rank:g}: with --method lora it is a whole number from 1"
+            )
+        args.init_rank = int(args.target_rank)
+        return
+    args.score = args.score or "mu"
+    if args.init_rank is None:
+        args.init_rank = max(math.floor(1.5 * args.target_rank + 0.5), math.ceil(args.target_rank))
+    if args.target_rank > args.init_rank:
+        raise UsageError(
+            f"--target_rank {args.target_rank:g} is above --init_rank {args.init_rank}, the start"
+        )
 
 
 def number(
@@ -197,11 +233,14 @@ def plan(args: argparse.Namespace, task: Task, train_size: int, modules: int) ->
     args.first_lr = settings.first_lr if two_phases else 0.0
     args.first_steps = scaled(settings.first_steps) if two_phases else 0
     args.lr = args.lr or (settings.lr_ivon if ivon else settings.lr_adamw)
+    args.ess = args.ess or (float(train_size) if ivon else None)
+    args.epochs = args.total_steps / per_epoch
+    if args.method != "adalora":
+        triplets = (args.init_rank or 0) * modules  # as many all the time
+        return CubicBudget(triplets, triplets, args.total_steps, 0, 0, 1)
     args.tinit = scaled(settings.tinit) if args.tinit is None else args.tinit
     args.tfinal = scaled(settings.tfinal) if args.tfinal is None else args.tfinal
     args.delta_t = max(1, scaled(settings.delta_t)) if args.delta_t is None else args.delta_t
-    args.ess = args.ess or (float(train_size) if ivon else None)
-    args.epochs = args.total_steps / per_epoch
     initial, target = args.init_rank * modules, round(args.target_rank * modules)
     try:
         return CubicBudget(initial, target, args.total_steps, args.tinit, args.tfinal, args.delta_t)
@@ -272,11 +311,21 @@ def tokenize(
     return features, torch.tensor(dataset["label"], dtype=torch.int64 if task.labels else torch.float32)
 
 
-def shuffled_batches(n: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Batches of indices, epoch after epoch; the last of an epoch may be smaller."""
+def shuffled_batches(n: int, size: int, seed: int, lengths: Tensor | None = None) -> Iterator[Tensor]:
+    """Batches of indices, epoch after epoch; the last of an epoch may be smaller.
+
+    With the examples' `lengths` (n,) a batch has examples of like length: those of GROUP batches are sorted,
+    and the batches come in random order.
+    """
     generator = torch.Generator().manual_seed(seed)
     while True:
-        yield from torch.randperm(n, generator=generator).split(size)
+        order = torch.randperm(n, generator=generator)
+        if lengths is None:
+            yield from order.split(size)
+            continue
+        groups = [group[lengths[group].argsort(stable=True)] for group in order.split(GROUP * size)]
+        batches = [batch for group in groups for batch in group.split(size)]
+        yield from (batches[i] for i in torch.randperm(len(batches), generator=generator))
 
 
 def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -336,10 +385,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], scaling: float) -> Non
     os.replace(beside, path)
 
 
-def living(name: str, tensor: Tensor, layers: dict[str, SVDLinear]) -> Tensor:
+def living(name: str, tensor: Tensor, layers: dict[str, nn.Module]) -> Tensor:
     """Of an adapter's P, lam or Q, or a tensor of its shape, the part that belongs to living triplets."""
     module, _, part = name.rpartition(".")
-    if module not in layers:
+    if not isinstance(layers.get(module), SVDLinear):
         return tensor
     alive = layers[module].alive
     return tensor[:, alive] if part == "P" else tensor[alive]
@@ -348,18 +397,30 @@ def living(name: str, tensor: Tensor, layers: dict[str, SVDLinear]) -> Tensor:
 def save_adapter(
     folder: Path,
     model: transformers.PreTrainedModel,
-    layers: dict[str, SVDLinear],
+    layers: dict[str, nn.Module],
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if the optimizer is IVON."""
     folder.mkdir(exist_ok=True)
+    scaling = next((layer.scaling for layer in layers.values()), 1.0)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     files = {"adapter": trained}
     if isinstance(optimizer, IVON):
         files["posterior"] = dict(zip(trained, optimizer.sigmas(list(trained.values())), strict=True))
     for file, tensors in files.items():
         kept = {name: living(name, tensor, layers) for name, tensor in tensors.items()}
-        write_tensors(folder / f"{file}.safetensors", kept, next(iter(layers.values())).scaling)
+        write_tensors(folder / f"{file}.safetensors", kept, scaling)
+
+
+def record_agreement(path: Path, allocator: RankAllocator) -> None:
+    """A line for each allocation since the last call: how far the scores agree (metrics.score_agreement)."""
+    with path.open("a") as file:
+        for record in allocator.tracked:
+            scores = {name: S.cpu().numpy() for name, S in record["scores"].items()}
+            cv = record["sigma_cv"] if record["sigma_cv"] is None else float(record["sigma_cv"])
+            line = {"step": record["step"], "budget": record["budget"], "sigma_cv": cv}
+            file.write(json.dumps(line | score_agreement(scores, record["budget"])) + "\n")
+    allocator.tracked.clear()
 
 
 def rank_grid(ranks: dict[str, int]) -> str:
@@ -405,7 +466,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def run(args: argparse.Namespace) -> None:
     # Load.
-    task = DEMO if args.demo else TASKS[args.task]
+    task = task_of(args.task, args.method, args.demo)
     if (args.output_dir / "results.json").exists() and not args.overwrite:
         raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
     try:
@@ -425,18 +486,21 @@ def run(args: argparse.Namespace) -> None:
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
 
-    # Inject: the encoder is frozen, adapters and head are trained.
-    args.targets = args.targets or TARGETS.get(model.config.model_type)
-    if args.targets is None:
-        maps = ", ".join(linear_maps(model))
-        raise UsageError(f"a {model.config.model_type} model needs --targets; its linear maps are {maps}")
-    try:
-        layers = inject(model, args.targets, args.init_rank, args.alpha)
-    except ValueError as error:
-        raise UsageError(f"--targets: {error}") from None
-    for name, p in model.named_parameters():
-        if not HEADS.isdisjoint(name.split(".")):
-            p.requires_grad_(True)
+    # Inject: the encoder is frozen, adapters and head are trained; in full fine-tuning everything is.
+    layers = {}
+    if args.method != "full":
+        args.targets = args.targets or TARGETS.get(model.config.model_type)
+        if args.targets is None:
+            maps = ", ".join(linear_maps(model))
+            raise UsageError(f"a {model.config.model_type} model needs --targets; its linear maps are {maps}")
+        kind = "svd" if args.method == "adalora" else "lora"
+        try:
+            layers = inject(model, args.targets, args.init_rank, args.alpha, kind=kind)
+        except ValueError as error:
+            raise UsageError(f"--targets: {error}") from None
+    head = {p for name, p in model.named_parameters() if not HEADS.isdisjoint(name.split("."))}
+    for p in head:
+        p.requires_grad_(True)
     longest = min(
         getattr(model.config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length
     )
@@ -455,20 +519,21 @@ def run(args: argparse.Namespace) -> None:
     trained = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "ivon":
         posterior = {name: getattr(args, name) for name in IVON_SETTINGS}
-        optimizer = IVON(trained, args.lr, **posterior, **IVON_FIXED)
+        optimizer = IVON(trained, args.lr, beta1=args.beta1, weight_decay=args.weight_decay, **posterior)
     else:
-        optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.0)
-    allocator = RankAllocator(layers, budget, args.score, optimizer)
+        optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    allocator = None
+    if args.method == "adalora":
+        allocator = RankAllocator(layers, budget, args.score, optimizer, track=args.track_scores)
 
     # Record.
     folder = args.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "metrics.jsonl"):
+        for name in ("results.json", "metrics.jsonl", "score_agreement.jsonl"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         settings = vars(args) | {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(folder)}
-        settings |= IVON_FIXED if args.optimizer == "ivon" else {}
         write_json(folder / "config.json", settings | provenance(device))
         journal = (folder / "metrics.jsonl").open("w", buffering=1)
     except OSError as error:
@@ -476,7 +541,8 @@ def run(args: argparse.Namespace) -> None:
 
     first_phase, draws = (args.first_lr, args.first_steps), args.mc_samples or 1
     start, evaluating, pending, best, last = time.perf_counter(), 0.0, [], None, None
-    batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed)
+    by_length = lengths if args.group_by_length else None
+    batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed, by_length)
     progress = tqdm(range(1, args.total_steps + 1), desc=args.task, unit="step", mininterval=1)
     for t in progress:
         # One update: a number of draws, each over the same grad_accum micro-batches.
@@ -493,9 +559,11 @@ def run(args: argparse.Namespace) -> None:
                     micro_loss = task_loss(model(**inputs).logits, labels[micro]) * (len(micro) / len(batch))
                     micro_loss.backward()
                     loss += micro_loss.detach() / draws
-                (args.orth * orthogonality_penalty(layers)).backward()
+                if args.orth:
+                    (args.orth * orthogonality_penalty(layers, squared=args.squared_orth)).backward()
         optimizer.step()
-        allocator.step(t)
+        if allocator:
+            allocator.step(t)
         optimizer.zero_grad()
 
         pending.append({"step": t, "loss": loss, "lr": lr, "budget": budget(t)})
@@ -509,6 +577,8 @@ def run(args: argparse.Namespace) -> None:
             mean, so_far = sum(losses) / len(losses), best and f"{best[task.metric]:.4f}"
             progress.set_postfix(loss=f"{mean:.3f}", best=so_far)
             pending = []
+            if args.track_scores:
+                record_agreement(folder / "score_agreement.jsonl", allocator)
         if at_evaluation:
             began = time.perf_counter()
             if not torch.isfinite(torch.nn.utils.parameters_to_vector(trained)).all():
@@ -525,8 +595,8 @@ def run(args: argparse.Namespace) -> None:
     journal.close()
 
     seconds = time.perf_counter() - start
-    ranks = allocator.ranks()
-    triplet = {name: layer.P.shape[0] + 1 + layer.Q.shape[1] for name, layer in layers.items()}  # parameters
+    ranks = allocator.ranks() if allocator else dict.fromkeys(layers, args.init_rank)
+    counted = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in head}
     results = {
         **{name: getattr(args, name) for name in ("task", "method", "optimizer", "score", "seed", "demo")},
         "metric": task.metric,
@@ -534,15 +604,16 @@ def run(args: argparse.Namespace) -> None:
         "last": last,
         "ranks": ranks,
         "budget": {"b0": budget.initial, "bT": budget.target, "kept": sum(ranks.values())},
-        "trainable_parameters": sum(args.init_rank * size for size in triplet.values()),
-        "kept_parameters": sum(ranks[name] * size for name, size in triplet.items()),
+        "trainable_parameters": sum(p.numel() for p in counted.values()),
+        "kept_parameters": sum(living(name, p, layers).numel() for name, p in counted.items()),
         "seconds": seconds,
         "steps_per_second": args.total_steps / (seconds - evaluating),
         "peak_memory_mb": peak_memory_mb(device),
     }
     write_json(folder / "results.json", results)
     print(f"best {task.metric} {best[task.metric]:.4f} at step {best['step']}, last {last[task.metric]:.4f}")
-    print(f"kept {budget.target} of {budget.initial} triplets; rank of each adapter:\n{rank_grid(ranks)}")
+    if allocator:
+        print(f"kept {budget.target} of {budget.initial} triplets; rank of each adapter:\n{rank_grid(ranks)}")
     print(f"results in {folder}")
 
 

@@ -39,6 +39,10 @@ class RankAllocator:
         score: a name in SCORES.
         optimizer: needed by a score that looks at σ: anything with `sigma(param)`, such as IVON.
         beta1, beta2: of the smoothed sensitivity.
+        track: before each allocation append to `tracked` its "step" and "budget", "scores" (name → every
+            triplet's score, (n,)) for each score in SCORES that can be had here, and "sigma_cv", the
+            coefficient of variation of σ over all entries of P, λ and Q (None without a posterior). The
+            tensors stay on their device; whoever reads them empties the list.
 
     Raises ValueError for an unknown score, one that cannot be had, or a budget above the number of triplets.
     """
@@ -51,10 +55,12 @@ class RankAllocator:
         optimizer: torch.optim.Optimizer | None = None,
         beta1: float = 0.85,
         beta2: float = 0.85,
+        track: bool = False,
     ):
         if score not in SCORES:
             raise ValueError(f"there is no score called {score}; there are {', '.join(SCORES)}")
-        if SCORES[score].needs == "sigma" and not hasattr(optimizer, "sigma"):
+        self.computable = [s for s in SCORES if SCORES[s].needs != "sigma" or hasattr(optimizer, "sigma")]
+        if score not in self.computable:
             raise ValueError(f"the score {score} needs σ, so an optimizer that has a posterior, such as IVON")
         triplets = sum(layer.lam.numel() for layer in layers.values())
         if budget.initial > triplets:
@@ -63,6 +69,8 @@ class RankAllocator:
             )
         self.layers, self.budget, self.score, self.optimizer = layers, budget, score, optimizer
         self.ema = SensitivityEMA(beta1, beta2)
+        self.followed = self.computable if track else [score]
+        self.track, self.tracked = track, []
         self.kept = {name: torch.ones_like(layer.alive) for name, layer in layers.items()}
         self._groups: dict[tuple[int, ...], list[SVDLinear]] = defaultdict(list)
         for layer in layers.values():
@@ -73,13 +81,13 @@ class RankAllocator:
     @torch.no_grad()
     def step(self, t: int) -> None:
         """After the optimizer's step of update t (counted from 1), while `p.grad` is still there."""
-        if self.score == "sensitivity" and t <= self.budget.last_allocation:
+        if "sensitivity" in self.followed and t <= self.budget.last_allocation:
             for group, layers in self._groups.items():
                 for part in PARTS:
                     theta, grad = _parameters(layers, part)
                     self.ema.update((*group, part), torch.stack(theta), torch.stack(grad))
         if self.budget.due(t):
-            self._allocate(self.budget(t))
+            self._allocate(t)
         if t >= self.budget.last_allocation:
             self._hold_dropped_at_zero()
 
@@ -90,15 +98,8 @@ class RankAllocator:
     @torch.no_grad()
     def triplet_scores(self) -> dict[str, Tensor]:
         """Every triplet's score now, (r,) by adapter."""
-        scores = {}
-        for group, layers in self._groups.items():
-            s_lam = self._elementwise(group, "lam")
-            if self.score == "lambda":
-                S = s_lam
-            else:
-                S = triplet_scores(self._elementwise(group, "P"), s_lam, self._elementwise(group, "Q"))
-            scores.update(zip(layers, S, strict=True))
-        return {name: scores[layer] for name, layer in self.layers.items()}
+        S = self._scores([self.score])[self.score]
+        return dict(zip(self.layers, S.split(self._sizes()), strict=True))
 
     def state_dict(self) -> dict:
         return {"ema": self.ema.state_dict(), "kept": dict(self.kept)}
@@ -109,28 +110,61 @@ class RankAllocator:
             kept.copy_(state["kept"][name])
         self._fixed = None
 
-    def _elementwise(self, group: tuple[int, ...], part: str) -> Tensor:
-        """s(θ) of one part of all adapters in a group, stacked."""
-        if self.score == "sensitivity":
-            return self.ema.score((*group, part))
-        params, grads = _parameters(self._groups[group], part)
-        needs, second = SCORES[self.score].needs, None
-        if needs == "gradient":
-            second = torch.stack(grads)
-        elif needs == "sigma":
-            # IVON computes many σ together; sigma() alone is all that is asked of another optimizer.
-            together = getattr(
-                self.optimizer, "sigmas", lambda params: [self.optimizer.sigma(p) for p in params]
-            )
-            second = torch.stack(together(params))
-        return SCORES[self.score].function(torch.stack(params), second)
+    def _sizes(self) -> list[int]:
+        return [layer.lam.numel() for layer in self.layers.values()]
 
-    def _allocate(self, b: int) -> None:
-        """Keep the b best triplets of the model and set the others' λ to 0."""
-        mask = keep_top(torch.cat(list(self.triplet_scores().values())), b)
-        kept = mask.split([layer.lam.numel() for layer in self.layers.values()])
+    def _scores(self, names: list[str]) -> dict[str, Tensor]:
+        """Of each score named, all triplets' in the order of the adapters: (n,)."""
+        of_layer = {}
+        for group, layers in self._groups.items():
+            s_P, s_lam, s_Q = (self._elementwise(group, part, names) for part in PARTS)
+            S = [
+                s_lam[name] if name == "lambda" else triplet_scores(s_P[name], s_lam[name], s_Q[name])
+                for name in names
+            ]
+            of_layer.update(zip(layers, torch.stack(S).unbind(1), strict=True))  # (len(names), r) each
+        S = torch.cat([of_layer[layer] for layer in self.layers.values()], dim=1)
+        return dict(zip(names, S, strict=True))
+
+    def _elementwise(self, group: tuple[int, ...], part: str, names: list[str]) -> dict[str, Tensor]:
+        """s(θ) of one part of all adapters in a group, stacked, of each score named."""
+        params, grads = _parameters(self._groups[group], part)
+        needs = {SCORES[name].needs for name in names if name != "sensitivity"}
+        theta, given = torch.stack(params), {"nothing": None}
+        if "gradient" in needs:
+            given["gradient"] = torch.stack(grads)
+        if "sigma" in needs:
+            given["sigma"] = torch.stack(self._sigmas(params))
+        return {
+            name: self.ema.score((*group, part))
+            if name == "sensitivity"
+            else SCORES[name].function(theta, given[SCORES[name].needs])
+            for name in names
+        }
+
+    def _sigmas(self, params: list[Tensor]) -> list[Tensor]:
+        """IVON computes many σ together; sigma() alone is all that is asked of another optimizer."""
+        together = getattr(self.optimizer, "sigmas", None)
+        return together(params) if together else [self.optimizer.sigma(p) for p in params]
+
+    def _allocate(self, t: int) -> None:
+        """Keep the b(t) best triplets of the model and set the others' λ to 0."""
+        scores, b = self._scores(self.followed), self.budget(t)
+        if self.track:
+            self.tracked.append(
+                {"step": t, "budget": b, "scores": scores, "sigma_cv": self._sigma_variation()}
+            )
+        kept = keep_top(scores[self.score], b).split(self._sizes())
         torch._foreach_copy_(list(self.kept.values()), kept)
         torch._foreach_mul_([layer.lam for layer in self.layers.values()], kept)
+
+    def _sigma_variation(self) -> Tensor | None:
+        """Standard deviation of σ over its mean, over all entries of the adapters: a scalar."""
+        if not hasattr(self.optimizer, "sigma"):
+            return None
+        params = [getattr(layer, part) for layer in self.layers.values() for part in PARTS]
+        sigma = torch.cat([sigma.flatten() for sigma in self._sigmas(params)])
+        return (sigma / sigma.mean()).std(correction=0)
 
     def _hold_dropped_at_zero(self) -> None:
         """The pattern is final: momentum and decay must not move what is dropped, whatever the optimizer."""
