@@ -96,16 +96,15 @@ def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[
         k: 0 ≤ k ≤ n.
     """
     S = np.stack(list(scores.values()))
-    ranks = scipy.stats.rankdata(S, axis=1)
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    norms = np.linalg.norm(ranks, axis=1)
-    spearman = np.clip(ranks @ ranks.T / np.maximum(np.outer(norms, norms), 1e-300), -1, 1)
+    ranks = 2 * scipy.stats.rankdata(S, axis=1) - (S.shape[1] + 1)  # around 0, and whole: no rounding below
+    products = ranks @ ranks.T
+    squares = np.outer(products.diagonal(), products.diagonal())
+    spearman = np.divide(products, np.sqrt(squares), where=squares > 0, out=np.full_like(products, np.nan))
     top = np.zeros_like(S, dtype=np.int64)
     np.put_along_axis(top, np.argsort(-S, axis=1, kind="stable")[:, :k], 1, axis=1)
     both = top @ top.T  # sizes of the intersections; two sets of k have 2k − both in their union
     agreement = {"spearman": {}, "jaccard": {}}
     for (i, a), (j, b) in itertools.combinations(enumerate(scores), 2):
-        defined = norms[i] > 0 and norms[j] > 0
-        agreement["spearman"][f"{a}/{b}"] = float(spearman[i, j]) if defined else None
+        agreement["spearman"][f"{a}/{b}"] = float(spearman[i, j]) if squares[i, j] else None
         agreement["jaccard"][f"{a}/{b}"] = float(both[i, j] / (2 * k - both[i, j])) if k else 1.0
     return agreement

@@ -423,18 +423,25 @@ def record_agreement(path: Path, allocator: RankAllocator) -> None:
     allocator.tracked.clear()
 
 
-def rank_grid(ranks: dict[str, int]) -> str:
-    """Ranks by adapter as a table, a row a layer and a column a module."""
-    rows: dict[str, dict[str, int]] = {}
+def rank_rows(ranks: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Ranks by adapter → by layer ("" where a name has no number) and module."""
+    rows: dict[str, dict[str, float]] = {}
     for name, rank in ranks.items():
         parts = name.split(".")
         number = max((i for i, part in enumerate(parts) if part.isdigit()), default=-1)
         rows.setdefault(parts[number] if number >= 0 else "", {})[".".join(parts[number + 1 :])] = rank
+    return rows
+
+
+def rank_grid(ranks: Mapping[str, float]) -> str:
+    """Ranks by adapter as a table, a row a layer and a column a module."""
+    rows = rank_rows(ranks)
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["layer  " + "  ".join(columns)]
     for layer, row in rows.items():
-        cells = (str(row.get(column, "")).rjust(len(column)) for column in columns)
-        lines.append(f"{layer:>5}  " + "  ".join(cells))
+        cells = (f"{row[column]:g}" if column in row else "" for column in columns)
+        padded = (cell.rjust(len(column)) for cell, column in zip(cells, columns, strict=True))
+        lines.append(f"{layer:>5}  " + "  ".join(padded))
     return "\n".join(lines)
 
 

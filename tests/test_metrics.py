@@ -1,5 +1,7 @@
 """metrics.py against hand-worked tables, scipy, slow loops."""
 
+import itertools
+import json
 import math
 
 import numpy as np
@@ -232,3 +234,41 @@ def test_calibration_takes_lists_and_float32():
     want = metrics.calibration(probs, labels)
     assert metrics.calibration(probs.tolist(), labels.tolist()) == pytest.approx(want, rel=1e-12)
     assert metrics.calibration(probs.astype(np.float32), labels) == pytest.approx(want, rel=1e-5)
+
+
+# --- agreement of scores ------------------------------------------------------------------------------------
+
+
+def test_agreement_of_the_hand_worked_table():
+    # Ranks of a: 4 3 2 1, of b: 3 4 1 2; Σd² = 4, so Spearman is 1 − 6·4/(4·15) = 0.6. The best two of both
+    # are the first two; of c they are the last two, and of a and c together all four.
+    scores = {"a": [9.0, 4.0, 3.0, -1.0], "b": [0.3, 0.4, 0.1, 0.2], "c": [1.0, 2.0, 3.0, 4.0]}
+    agreement = metrics.score_agreement({name: np.array(values) for name, values in scores.items()}, 2)
+    assert agreement["spearman"] == pytest.approx({"a/b": 0.6, "a/c": -1.0, "b/c": -0.6})
+    assert agreement["jaccard"] == {"a/b": 1.0, "a/c": 0.0, "b/c": 0.0}
+    assert metrics.score_agreement({"a": np.array(scores["a"]), "c": np.array(scores["c"])}, 3)[
+        "jaccard"
+    ] == {"a/c": 0.5}
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_agreement_is_scipys_spearman_and_the_sets_own_jaccard(ties: bool):
+    rng = np.random.default_rng(0)
+    scores = {name: rng.normal(size=50) for name in "abc"}
+    if ties:
+        scores = {name: values.round(0) for name, values in scores.items()}
+    for k in (1, 17, 50):
+        agreement = metrics.score_agreement(scores, k)
+        for a, b in itertools.combinations("abc", 2):
+            want = stats.spearmanr(scores[a], scores[b]).statistic
+            assert agreement["spearman"][f"{a}/{b}"] == pytest.approx(want, abs=1e-12)
+            kept = [set(sorted(range(50), key=lambda i: -scores[name][i])[:k]) for name in (a, b)]
+            assert agreement["jaccard"][f"{a}/{b}"] == len(kept[0] & kept[1]) / len(kept[0] | kept[1])
+
+
+def test_agreement_with_a_constant_score_or_infinite_ones_is_defined_where_it_can_be():
+    scores = {"a": np.array([1.0, np.inf, 2.0]), "constant": np.ones(3), "b": np.array([1.0, 9.0, 2.0])}
+    agreement = metrics.score_agreement(scores, 0)
+    assert agreement["spearman"] == {"a/constant": None, "a/b": 1.0, "constant/b": None}
+    assert agreement["jaccard"] == {"a/constant": 1.0, "a/b": 1.0, "constant/b": 1.0}
+    assert json.loads(json.dumps(agreement)) == agreement

@@ -16,8 +16,10 @@ import transformers
 from conftest import write_glue
 from safetensors.torch import load_file
 
-from glue import TASKS
-from run_glue import HERE, learning_rate, main, parse_args, plan, predict, rank_grid
+from adalora import TARGETS, inject
+from budget import CubicBudget
+from glue import TASKS, task_of
+from run_glue import HERE, learning_rate, main, parse_args, plan, predict, rank_grid, shuffled_batches
 
 MINILM, GLUE = os.environ.get("MINILM_DIR"), os.environ.get("GLUE_DIR")
 SHORT = ["--max_steps", "24", "--eval_every", "8", "--batch_size", "8", "--max_length", "16"]
@@ -139,6 +141,113 @@ def test_adamw_leaves_no_posterior(bert: Path, glue_folder: Path, tmp_path: Path
     assert [path.name for path in (tmp_path / "run/adapter").iterdir()] == ["adapter.safetensors"]
 
 
+@pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_baselines_train_and_are_saved_whole(
+    method: str, optimizer: str, bert: Path, glue_folder: Path, tmp_path: Path
+):
+    more = ["--method", method, "--optimizer", optimizer]
+    assert main(command(bert, glue_folder, tmp_path / "run", *more)) == 0
+    config, results, records = read(tmp_path / "run")
+    assert (results["method"], results["score"]) == (method, None)
+    before = load_file(bert / "model.safetensors")
+    adapter = load_file(tmp_path / "run/adapter/adapter.safetensors")
+    sigma = tmp_path / "run/adapter/posterior.safetensors"
+    assert sigma.exists() == (optimizer == "ivon")
+    if sigma.exists():
+        shapes = {name: tensor.shape for name, tensor in load_file(sigma).items()}
+        assert shapes == {name: tensor.shape for name, tensor in adapter.items()}
+    head = sum(t.numel() for name, t in adapter.items() if "pooler" in name or "classifier" in name)
+    trained = sum(t.numel() for t in adapter.values()) - head
+    assert trained == results["trainable_parameters"] == results["kept_parameters"]
+    if method == "lora":
+        assert set(results["ranks"].values()) == {2}
+        assert results["budget"] == dict.fromkeys(("b0", "bT", "kept"), 2 * len(results["ranks"]))
+        assert trained == 2 * 2 * (4 * (16 + 16) + 2 * (16 + 24))  # layers, rank, maps
+        assert config["init_rank"] == config["target_rank"] == 2
+        assert all(record["budget"] == 24 for record in records if "budget" in record)
+    else:
+        assert results["ranks"] == {}
+        assert trained == sum(t.numel() for name, t in before.items() if "pooler" not in name)
+        moved = [name for name in before if not torch.equal(before[name], adapter[f"bert.{name}"])]
+        assert any("encoder.layer.0" in name for name in moved)
+        assert any("word_embeddings" in name for name in moved)
+
+
+def test_lora_of_rank_2_on_deberta_v3_base_has_the_papers_number_of_parameters():
+    with torch.device("meta"):
+        model = transformers.DebertaV2ForSequenceClassification(
+            transformers.DebertaV2Config(hidden_size=768, num_hidden_layers=12, intermediate_size=3072)
+        )
+    layers = inject(model, TARGETS["deberta-v2"], 2, 32, kind="lora")
+    assert sum(p.numel() for layer in layers.values() for p in (layer.A, layer.B)) == 331_776
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 331_776
+
+
+@pytest.mark.parametrize(
+    "ablation",
+    [
+        ["--score", "raw_sensitivity"],
+        ["--score", "lambda"],
+        ["--target_rank", "3", "--init_rank", "3"],
+        ["--orth", "0"],
+        ["--squared_orth"],
+    ],
+    ids=" ".join,
+)
+def test_every_ablation_of_adalora_is_another_run(
+    ablation: list[str], bert: Path, glue_folder: Path, tmp_path: Path
+):
+    weights = {}
+    for name, more in (("usual", []), ("ablation", ablation)):
+        argv = command(bert, glue_folder, tmp_path / name, "--optimizer", "adamw", "--lr", "0.01", *more)
+        assert main(argv if "--score" in more else [*argv, "--score", "sensitivity"]) == 0
+        _, results, _ = read(tmp_path / name)
+        weights[name] = results["ranks"], (tmp_path / name / "adapter/adapter.safetensors").read_bytes()
+    assert weights["usual"] != weights["ablation"]
+    if "--init_rank" in ablation:
+        assert set(weights["ablation"][0].values()) == {3}
+
+
+def test_a_run_at_a_tenth_of_a_rank_saves_and_counts_modules_at_rank_0(
+    bert: Path, glue_folder: Path, tmp_path: Path
+):
+    more = ["--target_rank", "0.1", "--init_rank", "2", "--eval_every", "100"]
+    assert main(command(bert, glue_folder, tmp_path / "run", *more)) == 0
+    _, results, _ = read(tmp_path / "run")
+    ranks = results["ranks"]
+    assert sum(ranks.values()) == results["budget"]["bT"] == 1  # round(0.1 · 12)
+    (kept,) = (name for name, rank in ranks.items() if rank)
+    adapter = load_file(tmp_path / "run/adapter/adapter.safetensors")
+    P, Q = adapter[f"{kept}.P"], adapter[f"{kept}.Q"]
+    assert results["kept_parameters"] == P.numel() + 1 + Q.numel()
+    sizes = {name: tuple(adapter[f"{name}.{part}"].numel() for part in ("P", "lam", "Q")) for name in ranks}
+    assert all(size == (0, 0, 0) for name, size in sizes.items() if name != kept)
+
+
+@pytest.mark.parametrize(("optimizer", "score"), [("ivon", "mu"), ("adamw", "sensitivity")])
+def test_following_the_scores_does_not_change_the_run(
+    optimizer: str, score: str, bert: Path, glue_folder: Path, tmp_path: Path
+):
+    found = {}
+    for name, more in (("plain", []), ("tracked", ["--track_scores"])):
+        more = [*more, "--optimizer", optimizer, "--score", score]
+        assert main(command(bert, glue_folder, tmp_path / name, *more)) == 0
+        _, results, records = read(tmp_path / name)
+        weights = (tmp_path / name / "adapter/adapter.safetensors").read_bytes()
+        found[name] = results["best"], results["last"], results["ranks"], records, weights
+    assert found["plain"] == found["tracked"]
+    assert not (tmp_path / "plain/score_agreement.jsonl").exists()
+    lines = (tmp_path / "tracked/score_agreement.jsonl").read_text().splitlines()
+    budget = CubicBudget(36, 24, 24, 2, 12, 1)
+    due = [t for t in range(1, 25) if budget.due(t)]
+    assert [json.loads(line)["step"] for line in lines] == due
+    for line in map(json.loads, lines):
+        assert line["budget"] == budget(line["step"])
+        assert len(line["spearman"]) == len(line["jaccard"]) == (21 if optimizer == "ivon" else 6)
+        assert (line["sigma_cv"] is None) == (optimizer == "adamw")
+
+
 @pytest.mark.parametrize("task", [task for task in TASKS if task != "cola"])
 def test_every_task_trains(task: str, bert: Path, tmp_path: Path):
     data = write_glue(tmp_path / "glue", task)
@@ -255,6 +364,33 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_status_3(
     assert not (tmp_path / "run/results.json").exists()
 
 
+def test_batches_of_like_length_have_every_example_once_an_epoch_in_random_order():
+    lengths = torch.randint(3, 60, (1000,), generator=torch.Generator().manual_seed(0))
+    grouped = [next(batches) for batches in [shuffled_batches(1000, 8, 5, lengths)] for _ in range(250)]
+    plain = [next(batches) for batches in [shuffled_batches(1000, 8, 5)] for _ in range(250)]
+    for batches in (grouped, plain):
+        for epoch in (batches[:125], batches[125:]):
+            assert sorted(torch.cat(epoch).tolist()) == list(range(1000))
+    padding = [
+        sum(int((lengths[b].max() - lengths[b]).sum()) for b in batches) for batches in (grouped, plain)
+    ]
+    assert padding[0] < padding[1] / 10
+    means = torch.stack([lengths[batch].double().mean() for batch in grouped])
+    neighbours = torch.corrcoef(torch.stack([means[:-1], means[1:]]))[0, 1]
+    assert abs(neighbours) < 0.2  # short and long batches take turns at random
+    again = shuffled_batches(1000, 8, 5, lengths)
+    assert all(torch.equal(batch, next(again)) for batch in grouped)
+
+
+def test_a_run_with_batches_of_like_length_is_another_run(bert: Path, glue_folder: Path, tmp_path: Path):
+    losses = []
+    for name, more in (("plain", []), ("grouped", ["--group_by_length"])):
+        assert main(command(bert, glue_folder, tmp_path / name, *more)) == 0
+        losses.append([r["loss"] for r in read(tmp_path / name)[2] if "loss" in r])
+    assert losses[0] != losses[1]
+    assert len(losses[0]) == len(losses[1]) == 24
+
+
 def test_predictions_come_back_in_the_order_of_the_examples():
     class Echo(torch.nn.Module):
         """Its logit is the first token; it also notes how much padding it was given."""
@@ -318,6 +454,27 @@ def test_the_papers_own_run_has_the_papers_own_settings(task: str):
     assert (budget.initial, budget.target) == (3 * 72, 2 * 72)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_the_baselines_have_their_own_published_settings(task: str):
+    size, paper = TASKS[task].train_size, TASKS[task].settings
+    for method, lr, epochs in (
+        ("lora", 2e-4, paper.epochs),
+        ("full", 1.5e-5 if task == "mnli" else 2e-5, {"sst2": 6, "qnli": 4}.get(task, paper.epochs)),
+    ):
+        args = settings("--method", method, "--optimizer", "adamw", task=task)
+        plan(args, task_of(task, method), size, 72)
+        assert (args.lr, args.epochs, args.weight_decay) == (lr, epochs, 0)
+        assert args.total_steps == epochs * math.ceil(size / 32)
+        assert args.warmup_steps == paper.warmup_adamw
+        assert args.alpha == (32 if method == "lora" and task not in ("sst2", "qqp", "mnli") else args.alpha)
+    args = settings("--method", "full", "--optimizer", "ivon", task=task)
+    plan(args, task_of(task, "full"), size, 72)
+    assert (args.lr, args.weight_decay, args.first_steps) == (0.1, 1e-5, 0)
+    args = settings("--method", "lora", "--optimizer", "ivon", task=task)
+    plan(args, task_of(task, "lora"), size, 72)
+    assert (args.lr, args.weight_decay, args.first_steps) == (paper.lr_ivon, 1e-8, paper.first_steps)
+
+
 def test_a_shortened_run_scales_its_phases_and_its_budget_with_it():
     args = settings("--epochs", "10")
     plan(args, TASKS["cola"], 8551, 72)
@@ -376,6 +533,13 @@ REFUSED = {
         f"{flag} with adamw": (["--task", "cola", "--optimizer", "adamw", flag, "2"], flag)
         for flag in ("--mc_samples", "--ess", "--hess_init", "--clip_radius")
     },
+    "a score with lora": (["--demo", "--method", "lora", "--score", "mu"], "--score"),
+    "γ = 0 with lora": (["--demo", "--method", "lora", "--orth", "0"], "--orth"),
+    "half a rank with lora": (["--demo", "--method", "lora", "--target_rank", "0.5"], "--target_rank 0.5"),
+    "lora at rank 0": (["--demo", "--method", "lora", "--target_rank", "0"], "--target_rank 0"),
+    "followed scores with lora": (["--demo", "--method", "lora", "--track_scores"], "--track_scores"),
+    "a rank with full": (["--demo", "--method", "full", "--target_rank", "2"], "--target_rank"),
+    "adapters' maps with full": (["--demo", "--method", "full", "--targets", "query_proj"], "--targets"),
     "more tokens than the model takes": (["--demo", "--max_length", "1000"], "--max_length 1000"),
     "a seed beyond 64 bits": (["--demo", "--seed", str(2**70)], "--seed"),
     "a device without data": (["--demo", "--device", "meta"], "--device meta"),

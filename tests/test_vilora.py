@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from adalora import SVDLinear, inject, orthogonality_penalty
 from budget import CubicBudget
 from ivon import IVON
+from metrics import score_agreement
 from scores import SCORES
 from vilora import RankAllocator
 
@@ -25,7 +26,9 @@ SIGMA_SCORES = [name for name, score in SCORES.items() if score.needs == "sigma"
 class Run:
     """A small regression with six adapters of three shapes, trained by the loop that vilora.py describes."""
 
-    def __init__(self, score: str, optimizer: str = "ivon", target: int = 8, seed: int = 0, **settings):
+    def __init__(
+        self, score: str, optimizer: str = "ivon", target: int = 8, seed: int = 0, track=False, **settings
+    ):
         torch.manual_seed(seed)
         sizes = [6, 8, 8, 8, 6, 6, 4]
         self.model = nn.Sequential(*(nn.Linear(a, b) for a, b in pairwise(sizes)))
@@ -43,7 +46,7 @@ class Run:
         else:
             self.optimizer = torch.optim.AdamW(params, lr=0.01, weight_decay=0.01)
         self.budget = CubicBudget(RANK * 6, target, T, T_I, T_F, DELTA_T)
-        self.allocator = RankAllocator(self.layers, self.budget, score, self.optimizer)
+        self.allocator = RankAllocator(self.layers, self.budget, score, self.optimizer, track=track)
         self.x, self.y = torch.randn(32, 6), torch.randn(32, 4)
 
     def loss(self) -> Tensor:
@@ -283,6 +286,91 @@ def test_a_saved_and_loaded_run_goes_on_bit_for_bit(score: str, saved_at: int, t
     assert all(
         torch.equal(p, q) for p, q in zip(run.model.parameters(), twin.model.parameters(), strict=True)
     )
+
+
+# --- following all scores -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("score", "optimizer"), [("mu", "ivon"), ("sensitivity", "ivon"), ("mu", "adamw")])
+def test_following_all_scores_changes_nothing(score: str, optimizer: str):
+    plain, tracked = Run(score, optimizer), Run(score, optimizer, track=True)
+    for run in (plain, tracked):
+        torch.manual_seed(1)
+        for t in range(1, T + 1):
+            run.update(t)
+    assert plain.allocator.ranks() == tracked.allocator.ranks()
+    for p, q in zip(plain.model.parameters(), tracked.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+    assert plain.allocator.tracked == []
+
+
+@pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
+def test_every_score_that_can_be_had_is_followed_at_every_allocation(optimizer: str):
+    run = Run("mu", optimizer, track=True)
+    for t in range(1, T + 1):
+        run.update(t)
+    records = run.allocator.tracked
+    assert [record["step"] for record in records] == [t for t in range(1, T + 1) if run.budget.due(t)]
+    assert [record["budget"] for record in records] == [run.budget(r["step"]) for r in records]
+    names = [name for name in SCORES if optimizer == "ivon" or name not in SIGMA_SCORES]
+    assert all(list(record["scores"]) == names for record in records)
+
+
+@pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
+def test_the_scores_followed_are_those_of_a_run_that_prunes_by_them(optimizer: str):
+    followed = Run("mu", optimizer, track=True)
+    due = next(t for t in range(1, T) if followed.budget.due(t))  # up to here all runs are the same one
+    names = followed.allocator.computable
+    runs = [followed, *(Run(name, optimizer) for name in names)]
+    for run in runs:
+        torch.manual_seed(1)
+        for t in range(1, due):
+            run.update(t)
+        lams = [layer.lam.detach().clone() for layer in run.layers.values()]
+        run.update(due)
+        run.pruned = torch.cat(
+            [(layer.lam == 0) & (lam != 0) for layer, lam in zip(run.layers.values(), lams, strict=True)]
+        )
+    scores = followed.allocator.tracked[0]["scores"]
+    for name, run in zip(names, runs[1:], strict=True):
+        lowest = scores[name].argsort()[: RANK * 6 - run.budget(due)]
+        assert sorted(lowest.tolist()) == run.pruned.nonzero().flatten().tolist()
+
+
+def test_the_variation_of_sigma_is_over_all_entries_of_the_adapters():
+    run = Run("mu", track=True)
+    for t in range(1, T_I + DELTA_T + 1):
+        run.update(t)
+    sigma = [
+        float64(run.optimizer.sigma(p)).ravel()
+        for layer in run.layers.values()
+        for p in (layer.P, layer.lam, layer.Q)
+    ]
+    sigma = np.concatenate(sigma)  # allocation does not touch it
+    assert float(run.allocator.tracked[-1]["sigma_cv"]) == pytest.approx(sigma.std() / sigma.mean(), rel=1e-5)
+    assert sigma.std() > 0
+
+
+def test_where_sigma_is_constant_snr_is_mu_and_without_a_posterior_there_is_no_sigma():
+    class Constant(torch.optim.SGD):
+        def sigma(self, param: Tensor) -> Tensor:
+            return torch.full_like(param, 0.25)
+
+    run = Run("mu")
+    run.optimizer = Constant([p for p in run.model.parameters() if p.requires_grad], lr=0.1)
+    run.allocator = RankAllocator(run.layers, run.budget, "mu", run.optimizer, track=True)
+    for t in range(1, T_I + DELTA_T + 1):
+        run.update(t)
+    record = run.allocator.tracked[-1]
+    agreement = score_agreement({name: S.numpy() for name, S in record["scores"].items()}, record["budget"])
+    assert agreement["spearman"]["snr/mu"] == 1
+    assert agreement["jaccard"]["snr/mu"] == 1
+    assert agreement["spearman"]["mu/inv_sigma"] is None
+    assert record["sigma_cv"] == 0
+    plain = Run("mu", "adamw", track=True)
+    for t in range(1, T_I + DELTA_T + 1):
+        plain.update(t)
+    assert plain.allocator.tracked[-1]["sigma_cv"] is None
 
 
 # --- what a score needs -------------------------------------------------------------------------------------
