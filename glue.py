@@ -10,7 +10,7 @@ Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Lan
 import logging
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -54,6 +54,11 @@ class Task(NamedTuple):
     validation: tuple[str, ...]  # splits, the one a run is judged by first
     metric: str  # of metrics.task_metrics, the one a run is judged by
     settings: Settings
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All there are."""
+        return ("train", *self.validation, *(name.replace("validation", "test") for name in self.validation))
 
     @property
     def total_steps(self) -> int:
@@ -136,13 +141,16 @@ def task_of(name: str, method: str, demo: bool = False) -> Task:
 COLA_COLUMNS = ["source", "label", "star", "sentence"]  # its train.tsv and dev.tsv have no header
 
 
-def load_task(task: str, data_dir: str | Path | None = None) -> dict[str, "Dataset"]:
+def load_task(
+    task: str, data_dir: str | Path | None = None, splits: Collection[str] | None = None
+) -> dict[str, "Dataset"]:
     """A task's splits: "train", "validation" (mnli: "…_matched", "…_mismatched"), and "test" if there is one.
 
     Columns: the task's `text`, "label" (class index, for stsb a float; −1 in a test split) and "idx".
 
     Args:
         data_dir: a folder in GLUE's own layout; without it, the Hub's copy.
+        splits: which ones; only their files have to be there.
 
     Raises OSError where a file is missing or the Hub does not answer, ValueError ("file:line: what") where a
     file is not as it should be.
@@ -153,14 +161,14 @@ def load_task(task: str, data_dir: str | Path | None = None) -> dict[str, "Datas
 
     if data_dir is None:
         try:
-            return dict(load_dataset(HUB_DATASET, task))
+            loaded = dict(load_dataset(HUB_DATASET, task))
         except Exception as error:  # of half a dozen libraries
             raise ConnectionError(f"{HUB_DATASET} could not be loaded from the Hub: {error}") from error
-    folder, validation = Path(data_dir) / TASKS[task].folder, TASKS[task].validation
-    splits = {}
-    for split in ("train", *validation, *(name.replace("validation", "test") for name in validation)):
+        return loaded if splits is None else {split: loaded[split] for split in splits}
+    folder, loaded = Path(data_dir) / TASKS[task].folder, {}
+    for split in TASKS[task].splits if splits is None else splits:
         path = folder / f"{split.replace('validation', 'dev')}.tsv"
-        if split.startswith("test") and not path.exists():
+        if splits is None and split.startswith("test") and not path.exists():
             continue
         if not path.is_file():
             raise FileNotFoundError(
@@ -169,8 +177,8 @@ def load_task(task: str, data_dir: str | Path | None = None) -> dict[str, "Datas
         examples = list(read_examples(task, path, labelled=not split.startswith("test")))
         if not examples:
             raise ValueError(f"{path} has no examples")
-        splits[split] = Dataset.from_list(examples)
-    return splits
+        loaded[split] = Dataset.from_list(examples)
+    return loaded
 
 
 def check_hub() -> None:

@@ -36,7 +36,18 @@ import numpy as np
 
 from adalora import TARGETS
 from glue import TASKS, task_of
-from run_glue import MODEL, OTHER_FLAGS, UsageError, number, parse_args, plan, rank_grid, rank_rows, whole
+from run_glue import (
+    EVAL_ONLY_FLAGS,
+    MODEL,
+    OTHER_FLAGS,
+    UsageError,
+    number,
+    parse_args,
+    plan,
+    rank_grid,
+    rank_rows,
+    whole,
+)
 from scores import SCORES
 
 if TYPE_CHECKING:
@@ -70,7 +81,15 @@ IGNORED = (
     "eval_batch_size",
     "track_scores",
 )
-IGNORED += ("versions", "git_commit", "device_name", "threads")
+IGNORED += (
+    "eval_samples",
+    "temperature",
+    *EVAL_ONLY_FLAGS,
+    "versions",
+    "git_commit",
+    "device_name",
+    "threads",
+)
 # and everything else counts where it is not what the task's settings make of the rest (`departures`).
 
 

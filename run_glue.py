@@ -4,6 +4,8 @@
     python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
     python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA's own way
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
+    python run_glue.py --eval_only runs/RUN --eval_samples 10 --temperature 0 0.5 1     # from its posterior
+    python run_glue.py --eval_only runs/RUN --predict CoLA.tsv                       # for GLUE's leaderboard
 
 Settings that are not given are the papers' for the task (glue.py). What a run leaves behind: README.md.
 
@@ -13,6 +15,7 @@ Exit status: 0 done; 2 a usage or input error; 3 the loss or a parameter was not
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import os
@@ -22,15 +25,16 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 import transformers  # its parts are imported on their first use: what is wrong with a command is said sooner
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -39,7 +43,7 @@ from adalora import HEADS, TARGETS, SVDLinear, inject, linear_maps, orthogonalit
 from budget import CubicBudget
 from glue import TASKS, Task, check_hub, load_task, task_of
 from ivon import IVON
-from metrics import score_agreement, task_metrics
+from metrics import calibration, score_agreement, task_metrics
 from scores import SCORES
 from vilora import RankAllocator
 
@@ -61,6 +65,19 @@ OTHER_FLAGS = {
     "full": (*ADALORA_FLAGS, "target_rank", "targets", "alpha"),
 }
 GROUP = 50  # batches that --group_by_length sorts together
+# Flags that only the evaluation of a finished run has, and those that it has with training in common; its
+# other settings are in the run's config.json.
+EVAL_ONLY_FLAGS = ("eval_only", "split", "predict", "probabilities")
+EVAL_FLAGS = (
+    "eval_samples",
+    "temperature",
+    "seed",
+    "model",
+    "data_dir",
+    "eval_batch_size",
+    "device",
+    "output_dir",
+)
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -119,11 +136,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--delta_t", type=whole(1), help="ΔT, updates between two allocations")
     add("--alpha", type=number(above=0), help="adapters are scaled by alpha / rank at the start")
     add("--track_scores", action="store_true", help="record how far the scores agree, at each allocation")
+    add("--eval_samples", type=whole(0), default=0, help="average predictions over N draws, too (0)")
+    add("--temperature", type=number(0), nargs="+", help="τ: draw with variance τσ² (1)")
+    add("--eval_only", type=Path, metavar="RUN", help="evaluate a finished run's adapter, do not train")
+    add("--split", help="of the data, with --eval_only (the task's validation; for --predict its test)")
+    add("--predict", type=Path, metavar="FILE", help="with --eval_only: predictions as GLUE's submission TSV")
+    add("--probabilities", action="store_true", help="with --predict: the classes' probabilities beside them")
     add("--device", help="cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     add("--output_dir", type=Path, help="(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)")
     add("--overwrite", action="store_true", help="replace a finished run in the output folder")
     # fmt: on
     args = parser.parse_args(argv)
+    check_evaluation(args, [word.split("=")[0] for word in argv or sys.argv[1:] if word.startswith("--")])
+    if args.eval_only:
+        return args
 
     if args.demo:
         if args.task not in (None, "cola"):
@@ -153,6 +179,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             raise UsageError(f"--{name} is a setting of IVON: leave it out, or use --optimizer ivon")
         if args.optimizer == "ivon" and getattr(args, name) is None:
             setattr(args, name, default)
+    if args.eval_samples and args.optimizer != "ivon":
+        raise UsageError("--eval_samples needs a posterior: use --optimizer ivon, or leave it out")
     args.beta1 = IVON_BETA1 if args.optimizer == "ivon" else None
     args.weight_decay = 0.0 if args.optimizer == "adamw" else IVON_DECAY
     if args.method == "full" and args.optimizer == "ivon":
@@ -161,6 +189,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parts = (args.task, args.method, args.optimizer, args.score, rank, f"s{args.seed}")
     args.output_dir = args.output_dir or Path("runs") / "-".join(part for part in parts if part)
     return args
+
+
+def check_evaluation(args: argparse.Namespace, given: list[str]) -> None:
+    """What has to do with evaluation alone; raises UsageError."""
+    if args.eval_only is None:
+        for name in EVAL_ONLY_FLAGS:
+            if getattr(args, name):
+                raise UsageError(f"--{name} is for a finished run: give --eval_only RUN, or leave it out")
+        if len(args.temperature or ()) > 1:
+            raise UsageError("training evaluates at one --temperature; --eval_only takes several")
+    elif others := [flag for flag in given if flag[2:] not in EVAL_ONLY_FLAGS + EVAL_FLAGS]:
+        raise UsageError(
+            f"--eval_only trains nothing: leave {others[0]} out, {args.eval_only} has its setting"
+        )
+    elif args.probabilities and not args.predict:
+        raise UsageError("--probabilities go beside predictions: give --predict FILE, or leave it out")
+    elif args.predict and len(args.temperature or ()) > 1:
+        raise UsageError("--predict is for one --temperature")
+    if args.temperature and not args.eval_samples:
+        raise UsageError("--temperature is of posterior draws: give --eval_samples N, or leave it out")
+    args.temperature = args.temperature or [1.0]
+    if args.eval_only and "--seed" not in given:
+        args.seed = None  # the run's
 
 
 def method_ranks(args: argparse.Namespace) -> None:
@@ -335,35 +386,106 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-@torch.inference_mode()
-def predict(
-    model: transformers.PreTrainedModel,
-    features: list[dict],
-    collate: transformers.DataCollatorWithPadding,
-    batch_size: int,
-) -> Tensor:
-    """The logits, (n, outputs) on the CPU in the order of `features`; a batch has examples of like length."""
-    training = model.training
-    model.eval()
+class Split(NamedTuple):
+    """Examples to predict: batches of like length, where in them each example is, and the labels (n,)."""
+
+    batches: list[transformers.BatchEncoding]
+    position: Tensor
+    labels: Tensor
+
+
+def evaluation_split(
+    features: list[dict], labels: Tensor, collate: transformers.DataCollatorWithPadding, batch_size: int
+) -> Split:
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    logits = [model(**collate([features[i] for i in batch]).to(model.device)).logits for batch in batches]
+    collated = [collate([features[i] for i in batch]) for batch in batches]
+    return Split(collated, torch.tensor(order).argsort(), labels)
+
+
+@torch.inference_mode()
+def predict(model: transformers.PreTrainedModel, split: Split) -> Tensor:
+    """What the model says of each example, in float64: probabilities (n, classes), or numbers (n,)."""
+    training = model.training
+    model.eval()
+    logits = [model(**batch.to(model.device)).logits for batch in split.batches]
     model.train(training)
-    return torch.cat(logits)[torch.tensor(order).argsort()].cpu()
+    logits = torch.cat(logits)[split.position.to(model.device)].cpu().double()
+    return logits.squeeze(-1) if split.labels.is_floating_point() else logits.softmax(-1)
+
+
+@contextmanager
+def drawn(
+    model: nn.Module, sigma: Mapping[str, Tensor], temperature: float, generator: torch.Generator
+) -> Iterator[None]:
+    """For the length of the block the parameters that have a σ are a draw from N(m, diag(τσ²)).
+
+    Afterwards they are exactly m again. The generator is on the CPU: it draws the same for any device.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if name in sigma}
+    means = {name: p.detach().clone() for name, p in parameters.items()}
+    try:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                noise = torch.randn(p.shape, generator=generator).to(p.device)
+                p += math.sqrt(temperature) * sigma[name] * noise
+        yield
+    finally:
+        with torch.no_grad():
+            for name, p in parameters.items():
+                p.copy_(means[name])
+
+
+def predict_from_posterior(
+    model: transformers.PreTrainedModel,
+    split: Split,
+    sigma: Mapping[str, Tensor],
+    samples: int,
+    temperature: float,
+    seed: int,
+) -> Tensor:
+    """`predict`, averaged over draws of the parameters: of probabilities, not of logits. Source: [V].
+
+    At temperature 0 every draw is the mean, and one does.
+    """
+    generator, total = torch.Generator().manual_seed(seed), 0
+    samples = samples if temperature else 1
+    for _ in range(samples):
+        with drawn(model, sigma, temperature, generator):
+            total = total + predict(model, split)
+    return total / samples
+
+
+def judge(task: str, predictions: Tensor, labels: Tensor) -> dict[str, float]:
+    """The task's metrics of what `predict` gave."""
+    classes = predictions.argmax(-1) if predictions.ndim == 2 else predictions
+    return task_metrics(task, classes.numpy(), labels.numpy())
+
+
+def judge_probabilities(task: str, predictions: Tensor, labels: Tensor) -> dict[str, float]:
+    """`judge`, and for a task with classes accuracy, NLL, ECE and Brier score."""
+    scores = judge(task, predictions, labels)
+    return scores | calibration(predictions.numpy(), labels.numpy()) if predictions.ndim == 2 else scores
 
 
 def evaluate(
     model: transformers.PreTrainedModel,
-    splits: dict,
+    splits: Mapping[str, Split],
     args: argparse.Namespace,
-    collate: transformers.DataCollatorWithPadding,
-) -> dict[str, dict[str, float]]:
-    """The task's metrics on each of its validation splits."""
+    sigma: Mapping[str, Tensor],
+) -> dict[str, dict]:
+    """The task's metrics on each split, at the mean; with --eval_samples also "calibration" of both."""
     scores = {}
-    for split, (features, labels) in splits.items():
-        logits = predict(model, features, collate, args.eval_batch_size)
-        predictions = logits.squeeze(-1) if labels.is_floating_point() else logits.argmax(-1)
-        scores[split] = task_metrics(args.task, predictions.numpy(), labels.numpy())
+    for name, split in splits.items():
+        mean = predict(model, split)
+        scores[name] = judge(args.task, mean, split.labels)
+        if args.eval_samples:
+            how = args.eval_samples, args.temperature[0], args.seed
+            both = {"mean": mean, "samples": predict_from_posterior(model, split, sigma, *how)}
+            scores[name]["calibration"] = {
+                key: judge_probabilities(args.task, predictions, split.labels)
+                for key, predictions in both.items()
+            }
     return scores
 
 
@@ -377,15 +499,24 @@ def write_json(path: Path, content: dict) -> None:
     os.replace(beside, path)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], scaling: float) -> None:
-    """A safetensors file, with the adapters' s beside; all of it or nothing."""
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file; all of it or nothing."""
     beside = path.with_name(path.name + ".new")
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, beside, metadata={"scaling": str(scaling)})
+    save_file(tensors, beside, metadata=metadata)
     os.replace(beside, path)
 
 
-def living(name: str, tensor: Tensor, layers: dict[str, nn.Module]) -> Tensor:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file; raises UsageError if that cannot be."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def living(name: str, tensor: Tensor, layers: Mapping[str, nn.Module]) -> Tensor:
     """Of an adapter's P, lam or Q, or a tensor of its shape, the part that belongs to living triplets."""
     module, _, part = name.rpartition(".")
     if not isinstance(layers.get(module), SVDLinear):
@@ -394,22 +525,80 @@ def living(name: str, tensor: Tensor, layers: dict[str, nn.Module]) -> Tensor:
     return tensor[:, alive] if part == "P" else tensor[alive]
 
 
-def save_adapter(
-    folder: Path,
-    model: transformers.PreTrainedModel,
-    layers: dict[str, nn.Module],
-    optimizer: torch.optim.Optimizer,
-) -> None:
-    """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if the optimizer is IVON."""
-    folder.mkdir(exist_ok=True)
-    scaling = next((layer.scaling for layer in layers.values()), 1.0)
+@contextmanager
+def compact(layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """For the length of the block the adapters have their living triplets alone, as they are saved."""
+    svd = [layer for layer in layers.values() if isinstance(layer, SVDLinear)]
+    whole = [(layer.P.data, layer.lam.data, layer.Q.data, layer.alive) for layer in svd]
+    for layer, (P, lam, Q, alive) in zip(svd, whole, strict=True):
+        layer.P.data, layer.lam.data, layer.Q.data = P[:, alive], lam[alive], Q[alive]
+        layer.alive = alive[alive]
+    try:
+        yield
+    finally:
+        for layer, tensors in zip(svd, whole, strict=True):
+            layer.P.data, layer.lam.data, layer.Q.data, layer.alive = tensors
+
+
+def posterior(
+    model: nn.Module, layers: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
+) -> dict[str, Tensor]:
+    """σ of everything trained, by name, at the living triplets; {} if the optimizer is not IVON."""
+    if not isinstance(optimizer, IVON):
+        return {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    files = {"adapter": trained}
-    if isinstance(optimizer, IVON):
-        files["posterior"] = dict(zip(trained, optimizer.sigmas(list(trained.values())), strict=True))
-    for file, tensors in files.items():
-        kept = {name: living(name, tensor, layers) for name, tensor in tensors.items()}
-        write_tensors(folder / f"{file}.safetensors", kept, scaling)
+    sigmas = optimizer.sigmas(list(trained.values()))
+    return {name: living(name, sigma, layers) for name, sigma in zip(trained, sigmas, strict=True)}
+
+
+def save_adapter(
+    folder: Path, model: nn.Module, layers: Mapping[str, nn.Module], sigma: Mapping[str, Tensor]
+) -> None:
+    """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if there is one."""
+    folder.mkdir(exist_ok=True)
+    scaling = {"scaling": str(common_scaling(layers))}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for file, tensors in {"adapter": trained, "posterior": sigma}.items():
+        if tensors:
+            write_tensors(folder / f"{file}.safetensors", tensors, scaling)
+
+
+def common_scaling(layers: Mapping[str, nn.Module]) -> float:
+    """s, the same for all adapters; 1 where there are none."""
+    return next((layer.scaling for layer in layers.values()), 1.0)
+
+
+def load_adapter(folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Put a saved adapter and head into a model that was made as the run's was; return its σ, or {}.
+
+    Raises UsageError where the files are damaged or of another model.
+    """
+    tensors, metadata = read_tensors(folder / "adapter.safetensors")
+    path = folder / "posterior.safetensors"
+    sigma, _ = read_tensors(path) if path.exists() else ({}, {})
+    if metadata.get("scaling") != str(common_scaling(layers)):
+        raise UsageError(f"{folder} does not fit config.json: s is {metadata.get('scaling')} there")
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    different = sorted(trained.keys() ^ tensors.keys()) + sorted(
+        sigma.keys() ^ tensors.keys() if sigma else ()
+    )
+    if different:
+        raise UsageError(f"{folder} does not fit the model: {different[0]} is only in one of them")
+    ranks = {name: tensors[f"{name}.lam"].numel() for name in layers if f"{name}.lam" in tensors}
+    for name, p in trained.items():
+        module, _, part = name.rpartition(".")
+        shape = list(p.shape)
+        if module in ranks:
+            shape[-1 if part == "P" else 0] = ranks[module]
+        for tensor in (tensors[name], sigma.get(name, tensors[name])):
+            if list(tensor.shape) != shape or tensor.dtype != p.dtype:
+                raise UsageError(
+                    f"{folder} does not fit the model: {name} is {tuple(tensor.shape)}, not {tuple(shape)}"
+                )
+        p.data = tensors[name].to(p.device)
+    for name in ranks:
+        layers[name].alive = torch.ones_like(layers[name].lam, dtype=torch.bool)
+    return {name: tensor.to(trained[name].device) for name, tensor in sigma.items()}
 
 
 def record_agreement(path: Path, allocator: RankAllocator) -> None:
@@ -471,18 +660,25 @@ def peak_memory_mb(device: torch.device) -> float:
 # ---- the run -------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    # Load.
-    task = task_of(args.task, args.method, args.demo)
-    if (args.output_dir / "results.json").exists() and not args.overwrite:
-        raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
+class Prepared(NamedTuple):
+    """What training and evaluation start from."""
+
+    dataset: dict
+    tokenizer: transformers.PreTrainedTokenizerBase
+    model: transformers.PreTrainedModel  # on its device
+    layers: dict[str, nn.Module]  # adapters by name
+    head: set[nn.Parameter]
+
+
+def prepare(args: argparse.Namespace, task: Task, splits: Collection[str] | None = None) -> Prepared:
+    """Load data and model, inject adapters: the encoder is frozen, or in full fine-tuning nothing is."""
     try:
         device = torch.device(args.device)
         torch.zeros(1, device=device).cpu()
     except Exception as error:  # every backend that is not there says so in its own way
         raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
     try:
-        dataset = load_task(args.task, args.data_dir)
+        dataset = load_task(args.task, args.data_dir, splits)
         torch.manual_seed(args.seed)
         tokenizer, model = load_model(args.model, len(task.labels) or 1)
     except ConnectionError as error:
@@ -492,8 +688,6 @@ def run(args: argparse.Namespace) -> None:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
-
-    # Inject: the encoder is frozen, adapters and head are trained; in full fine-tuning everything is.
     layers = {}
     if args.method != "full":
         args.targets = args.targets or TARGETS.get(model.config.model_type)
@@ -513,20 +707,34 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.max_length > longest:
         raise UsageError(f"--max_length {args.max_length} is above the model's {longest} tokens")
-    model.to(device).train()
+    return Prepared(dataset, tokenizer, model.to(device), layers, head)
 
+
+def run(args: argparse.Namespace) -> None:
+    # Load and inject.
+    task = task_of(args.task, args.method, args.demo)
+    if (args.output_dir / "results.json").exists() and not args.overwrite:
+        raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
+    dataset, tokenizer, model, layers, head = prepare(args, task)
+    model.train()
+    device = model.device
     collate = transformers.DataCollatorWithPadding(tokenizer)
     features, labels = tokenize(dataset["train"], task, tokenizer, args.max_length)
     labels = labels.to(device)
     lengths = torch.tensor([len(example["input_ids"]) for example in features])
-    validation = {s: tokenize(dataset[s], task, tokenizer, args.max_length) for s in task.validation}
+    validation = {
+        split: evaluation_split(
+            *tokenize(dataset[split], task, tokenizer, args.max_length), collate, args.eval_batch_size
+        )
+        for split in task.validation
+    }
 
     # Optimize: the learning rate is set before each update.
     budget = plan(args, task, len(features), len(layers))
     trained = [p for p in model.parameters() if p.requires_grad]
     if args.optimizer == "ivon":
-        posterior = {name: getattr(args, name) for name in IVON_SETTINGS}
-        optimizer = IVON(trained, args.lr, beta1=args.beta1, weight_decay=args.weight_decay, **posterior)
+        settings = {name: getattr(args, name) for name in (*IVON_SETTINGS, "beta1", "weight_decay")}
+        optimizer = IVON(trained, args.lr, **settings)
     else:
         optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     allocator = None
@@ -540,7 +748,8 @@ def run(args: argparse.Namespace) -> None:
         for name in ("results.json", "metrics.jsonl", "score_agreement.jsonl"):
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
-        settings = vars(args) | {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(folder)}
+        settings = {name: value for name, value in vars(args).items() if name not in EVAL_ONLY_FLAGS}
+        settings |= {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(folder)}
         write_json(folder / "config.json", settings | provenance(device))
         journal = (folder / "metrics.jsonl").open("w", buffering=1)
     except OSError as error:
@@ -591,13 +800,15 @@ def run(args: argparse.Namespace) -> None:
             if not torch.isfinite(torch.nn.utils.parameters_to_vector(trained)).all():
                 raise NotFinite(f"a parameter is not finite at step {t} (lr {lr:g})")
             last = {"step": t}
-            for split, scores in evaluate(model, validation, args, collate).items():
-                journal.write(json.dumps({"step": t, "split": split, **scores}) + "\n")
-                ending = "" if split == task.validation[0] else "_" + split.removeprefix("validation_")
-                last |= {metric + ending: score for metric, score in scores.items()}
-            if best is None or last[task.metric] > best[task.metric]:
-                best = last
-                save_adapter(folder / "adapter", model, layers, optimizer)
+            sigma = posterior(model, layers, optimizer)
+            with compact(layers):
+                for split, scores in evaluate(model, validation, args, sigma).items():
+                    journal.write(json.dumps({"step": t, "split": split, **scores}) + "\n")
+                    ending = "" if split == task.validation[0] else "_" + split.removeprefix("validation_")
+                    last |= {metric + ending: score for metric, score in scores.items()}
+                if best is None or last[task.metric] > best[task.metric]:
+                    best = last
+                    save_adapter(folder / "adapter", model, layers, sigma)
             evaluating += time.perf_counter() - began
     journal.close()
 
@@ -624,11 +835,122 @@ def run(args: argparse.Namespace) -> None:
     print(f"results in {folder}")
 
 
+# ---- a finished run ------------------------------------------------------------------------------------
+
+
+def run_settings(args: argparse.Namespace) -> argparse.Namespace:
+    """The settings of the run that --eval_only names, and what was given beside it. Raises UsageError."""
+    path = args.eval_only / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        demo, method = config["demo"], config["method"]
+        names = (
+            "task",
+            "method",
+            "optimizer",
+            "score",
+            "target_rank",
+            "init_rank",
+            "alpha",
+            "max_length",
+            "seed",
+        )
+        names += ("eval_batch_size", "targets") + ("model", "data_dir") * (not demo)
+        given = {name: config[name] for name in names if name not in OTHER_FLAGS[method]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--eval_only {args.eval_only}: {path} is not a run's ({error!r})") from None
+    given |= {name: getattr(args, name) for name in EVAL_FLAGS if getattr(args, name)}
+    given.pop("temperature")
+    argv = ["--demo"] if demo else []
+    for name, value in given.items():
+        if value is not None:
+            argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return parse_args(argv)
+
+
+def evaluate_run(args: argparse.Namespace) -> None:
+    """Evaluate a finished run's best adapter at its mean and, with --eval_samples, from its posterior."""
+    settings, folder = run_settings(args), args.output_dir or args.eval_only
+    task = task_of(settings.task, settings.method, settings.demo)
+    tests = [split for split in task.splits if split.startswith("test")]
+    splits = [args.split] if args.split else tests[:1] if args.predict else list(task.validation)
+    if splits[0] not in task.splits:
+        raise UsageError(f"--split {splits[0]}: {settings.task} has {', '.join(task.splits)}")
+    if args.eval_samples and not (args.eval_only / "adapter/posterior.safetensors").exists():
+        raise UsageError(
+            f"--eval_samples needs a posterior, and {args.eval_only} has none: IVON's runs have one"
+        )
+    if args.probabilities and not task.labels:
+        raise UsageError(f"--probabilities: {settings.task} has no classes")
+    target = args.predict or folder / "evaluation.json"
+    there = next(parent for parent in target.absolute().parents if parent.exists() or args.predict)
+    if not (there.is_dir() and os.access(there, os.W_OK)) or target.is_dir():
+        raise UsageError(f"{target} cannot be written")
+    dataset, tokenizer, model, layers, _ = prepare(settings, task, splits)
+    sigma = load_adapter(args.eval_only / "adapter", model, layers)
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    loaded = {
+        split: evaluation_split(
+            *tokenize(dataset[split], task, tokenizer, settings.max_length), collate, settings.eval_batch_size
+        )
+        for split in splits
+    }
+    taus = args.temperature if args.eval_samples else []
+    if args.predict:
+        (split,) = loaded.values()
+        draws = (sigma, args.eval_samples, *taus, settings.seed)
+        predictions = predict_from_posterior(model, split, *draws) if taus else predict(model, split)
+        write_predictions(args.predict, task, dataset[splits[0]]["idx"], predictions, args.probabilities)
+        print(f"predictions of {len(predictions)} examples in {args.predict}")
+        return
+    rows, saved = [], {}
+    for name, split in loaded.items():
+        if task.labels and (split.labels < 0).any():
+            raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
+        saved[f"{name}.labels"] = split.labels
+        for tau in (None, *taus):
+            if tau is None:
+                predictions = predict(model, split)
+            else:
+                predictions = predict_from_posterior(
+                    model, split, sigma, args.eval_samples, tau, settings.seed
+                )
+            saved[f"{name}.mean" if tau is None else f"{name}.tau={tau:g}"] = predictions
+            draws = {"samples": 0 if tau is None else args.eval_samples, "temperature": tau or 0.0}
+            judged = judge_probabilities(settings.task, predictions, split.labels)
+            rows.append({"split": name, **draws, **judged})
+            numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
+            how = "mean" if tau is None else f"{args.eval_samples} draws at τ = {tau:g}"
+            print(f"{name}, {how}:  {numbers}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "predictions.safetensors", saved)
+    described = {"run": str(args.eval_only), "seed": settings.seed, "data_dir": str(settings.data_dir)}
+    write_json(folder / "evaluation.json", described | {"evaluations": rows})
+
+
+def write_predictions(
+    path: Path, task: Task, index: list[int], predictions: Tensor, probabilities: bool
+) -> None:
+    """A file as GLUE's leaderboard takes it, with the labels its own files have; all of it or nothing."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer.writerow(["index", "prediction", *(task.labels if probabilities else ())])
+        for i, prediction in zip(index, predictions.tolist(), strict=True):
+            if task.labels:
+                label = task.file_labels[max(range(len(prediction)), key=prediction.__getitem__)]
+                writer.writerow([i, label, *(prediction if probabilities else ())])
+            else:
+                writer.writerow([i, prediction])
+    os.replace(beside, path)
+
+
 def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        run(parse_args(argv))
+        args = parse_args(argv)
+        (evaluate_run if args.eval_only else run)(args)
     except UsageError as error:
         # One line, whatever a library says.
         print("run_glue.py: error:", *str(error).split(), file=sys.stderr)
