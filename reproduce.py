@@ -7,6 +7,8 @@
     python reproduce.py ranks runs/A runs/B -o ranks.png       # Figure 1; without -o as text
     python reproduce.py curves runs -o curves.png              # validation score and budget against step
     python reproduce.py agreement runs -o agreement.png        # of runs with --track_scores
+    python reproduce.py calibration runs -o reliability.png    # of runs that --eval_only has evaluated
+    python reproduce.py temperature runs -o temperature.png    # … at several --temperature: [V] figure 1
 
 Wherever runs are asked for, a folder stands for every finished run in and under it. What cannot be used is
 named on stderr and left out.
@@ -14,6 +16,7 @@ named on stderr and left out.
 Exit status: 0 done; 2 a usage or input error.
 
 [C] Chen and Garner, "A Bayesian Interpretation of Adaptive Low-Rank Adaptation", arXiv 2409.10673.
+[V] Cong et al., "Variational Low-Rank Adaptation Using IVON", 2024.
 """
 
 from __future__ import annotations
@@ -46,6 +49,7 @@ from run_glue import (
     plan,
     rank_grid,
     rank_rows,
+    read_tensors,
     whole,
 )
 from scores import SCORES
@@ -700,6 +704,169 @@ def draw_agreement(args: argparse.Namespace) -> None:
         save(agreement_figure(found), args.o)
 
 
+# ---- prediction ------------------------------------------------------------------------------------------
+
+
+class Evaluated(NamedTuple):
+    """What --eval_only found for runs that differ in the seed alone."""
+
+    name: str
+    runs: list[Run]
+    # By number of draws and τ, (0, 0) being the mean: every run's metrics.
+    scores: dict[tuple[int, float], list[dict]]
+
+
+def evaluated(folders: list[Path]) -> list[Evaluated]:
+    """Runs with an evaluation.json of their task's (first) validation split."""
+    runs, found = find_runs(folders), {}
+    for run in runs:
+        try:
+            rows = read_json(run.folder / "evaluation.json")["evaluations"]
+            split = TASKS[run.config["task"]].validation[0]
+            mine = {(row["samples"], row["temperature"]): row for row in rows if row["split"] == split}
+            numbers = [number for row in mine.values() for key, number in row.items() if key != "split"]
+            if not numbers or not all(map(math.isfinite, numbers)):
+                raise ValueError(f"no evaluation of {split} in evaluation.json")
+        except (ValueError, KeyError, TypeError) as error:
+            skip(run.folder, f"{error} (run_glue.py --eval_only writes evaluation.json)")
+        else:
+            found[run.folder] = mine
+    runs = [run for run in runs if run.folder in found]
+    if not runs:
+        raise UsageError(
+            "none of these runs has an evaluation of its validation data: run_glue.py --eval_only RUN"
+        )
+    groups = []
+    for row, tasks in rows_of(runs).items():
+        for task, same in tasks.items():
+            keys = set.intersection(*(set(found[run.folder]) for run in same))
+            scores = {key: [found[run.folder][key] for run in same] for key in sorted(keys)}
+            groups.append(Evaluated(title(row, task, same), same, scores))
+    return groups
+
+
+def how(samples: int, temperature: float) -> str:
+    return f"{samples} draws, τ = {temperature:g}" if samples else "mean"
+
+
+def calibration_table(groups: list[Evaluated]) -> str:
+    """Markdown: mean ± standard deviation over seeds, in percent but for NLL and Brier score."""
+    lines = [
+        "|  | prediction | score | accuracy | NLL | ECE | Brier |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for group in groups:
+        metric = TASKS[group.runs[0].config["task"]].metric
+        for key, rows in group.scores.items():
+            cells = []
+            for name, scale, digits in (
+                (metric, 100, 2),
+                ("accuracy", 100, 2),
+                ("nll", 1, 4),
+                ("ece", 100, 2),
+                ("brier", 1, 4),
+            ):
+                values = [scale * row[name] for row in rows if name in row]
+                deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.fmean(values):.{digits}f}{deviation}" if values else "")
+            lines.append(f"| {group.name} | {how(*key)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reliability(
+    confidence: np.ndarray, right: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of metrics.calibration's bins: examples, and their mean confidence and accuracy (or NaN)."""
+    bin_of = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
+    counts = np.bincount(bin_of, minlength=bins)
+    sums = [np.bincount(bin_of, weights=values, minlength=bins) for values in (confidence, right)]
+    with np.errstate(invalid="ignore"):
+        return counts, *(total / counts for total in sums)
+
+
+def reliability_figure(groups: list[Evaluated]) -> Figure:
+    """Accuracy against confidence, all seeds together, and how many examples are in each bin under it."""
+    plt = pyplot()
+    size = (0.5 + 3.2 * len(groups), 4.4)
+    figure, axes = plt.subplots(
+        2,
+        len(groups),
+        figsize=size,
+        squeeze=False,
+        sharex=True,
+        sharey="row",
+        height_ratios=(3, 1),
+        layout="constrained",
+    )
+    for group, (diagram, histogram) in zip(groups, axes.T, strict=True):
+        split = TASKS[group.runs[0].config["task"]].validation[0]
+        diagram.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        for i, (samples, tau) in enumerate(key for key in group.scores if key[0] == 0 or key[1] == 1):
+            together = []
+            for run in group.runs:
+                tensors, _ = read_tensors(run.folder / "predictions.safetensors")
+                labels = tensors.get(f"{split}.labels")
+                p = tensors.get(f"{split}.tau={tau:g}" if samples else f"{split}.mean")
+                if p is None or labels is None or p.ndim != 2 or len(p) != len(labels):
+                    raise UsageError(f"{run.folder}: predictions.safetensors is not of the same evaluation")
+                together.append((p.amax(1).numpy(), (p.argmax(1) == labels).numpy()))
+            counts, confidence, accuracy = reliability(*map(np.concatenate, zip(*together, strict=True)))
+            diagram.plot(
+                confidence, accuracy, marker="o", markersize=3, color=f"C{i}", label=how(samples, tau)
+            )
+            histogram.bar(
+                np.arange(10) / 10 + 0.02 + 0.04 * i, counts, width=0.035, align="edge", color=f"C{i}"
+            )
+        diagram.set_title("\n".join(textwrap.wrap(group.name, 38)), fontsize=8)
+        diagram.legend(fontsize=7)
+        histogram.set_xlabel("confidence", fontsize=8)
+    axes[0, 0].set_ylabel("accuracy", fontsize=8)
+    axes[1, 0].set_ylabel("examples", fontsize=8)
+    axes[0, 0].set(xlim=(0, 1), ylim=(0, 1))
+    return figure
+
+
+def print_calibration(args: argparse.Namespace) -> None:
+    groups = [group for group in evaluated(args.runs) if TASKS[group.runs[0].config["task"]].labels]
+    if not groups:
+        raise UsageError("none of these runs is of a task with classes")
+    print(calibration_table(groups))
+    if args.o:
+        save(reliability_figure(groups), args.o)
+
+
+def temperature_figure(groups: list[Evaluated]) -> Figure:
+    """[V] figure 1: error (100 − the score in percent) and NLL against τ, with their range over seeds."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for i, group in enumerate(groups):
+        metric = TASKS[group.runs[0].config["task"]].metric
+        drawn = {tau: rows for (samples, tau), rows in group.scores.items() if samples}
+        drawn.setdefault(0.0, group.scores.get((0, 0.0), []))
+        taus = sorted(tau for tau, rows in drawn.items() if rows)
+        for axis, name in zip(axes, (metric, "nll"), strict=True):
+            if all(name in row for tau in taus for row in drawn[tau]):
+                values = np.array([[row[name] for row in drawn[tau]] for tau in taus])
+                values = 100 * (1 - values) if name == metric else values
+                axis.plot(taus, values.mean(1), marker="o", markersize=3, color=f"C{i}", label=group.name)
+                axis.fill_between(taus, values.min(1), values.max(1), alpha=0.15, color=f"C{i}", linewidth=0)
+    axes[0].set(xlabel="τ", ylabel="error: 100 − score in percent")
+    axes[1].set(xlabel="τ", ylabel="NLL")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center")
+    return figure
+
+
+def print_temperature(args: argparse.Namespace) -> None:
+    groups = [group for group in evaluated(args.runs) if any(samples for samples, _ in group.scores)]
+    if not groups:
+        raise UsageError("none of these runs was evaluated with --eval_samples")
+    print(calibration_table(groups))
+    if args.o:
+        save(temperature_figure(groups), args.o)
+
+
 # ---- main ------------------------------------------------------------------------------------------------
 
 
@@ -725,6 +892,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         ("ranks", print_ranks, "the paper's Figure 1: ranks by layer and module"),
         ("curves", draw_curves, "score and budget against step"),
         ("agreement", draw_agreement, "how far the scores agree"),
+        ("calibration", print_calibration, "accuracy, NLL, ECE, Brier score; a reliability diagram"),
+        ("temperature", print_temperature, "error and NLL against τ"),
     ):
         verb = verbs.add_parser(name, help=about)
         verb.add_argument("runs", nargs="+", type=Path, help="folders of runs")

@@ -10,10 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import reproduce
 from glue import TASKS
+from metrics import calibration
 from reproduce import SEEDS, averages, is_the_papers, main, resolved
 from run_glue import HERE, parse_args
 
@@ -546,3 +550,140 @@ def test_without_matplotlib_tables_work_and_pictures_say_what_is_missing(pattern
         assert done.returncode == status, done.stderr
         if status:
             assert "pictures need matplotlib: pip install matplotlib" in done.stderr.splitlines()[-1]
+
+
+# --- prediction ---------------------------------------------------------------------------------------------
+
+
+def evaluate(folder: Path, nll: dict[tuple[int, float], float], p: dict[str, list] | None = None) -> None:
+    """What --eval_only leaves."""
+    rows = [
+        {"split": "validation", "samples": n, "temperature": tau, "matthews_correlation": 0.5}
+        | {"accuracy": 0.75, "nll": value, "ece": 0.1, "brier": 0.4}
+        for (n, tau), value in nll.items()
+    ]
+    other = [rows[0] | {"split": "train", "nll": 99.0}]
+    (folder / "evaluation.json").write_text(json.dumps({"evaluations": other + rows}))
+    if p:
+        tensors = {f"validation.{name}": torch.tensor(values) for name, values in p.items()}
+        save_file(tensors, folder / "predictions.safetensors")
+
+
+P = {"labels": [1, 0, 1], "mean": [[0.35, 0.65], [0.05, 0.95], [0.38, 0.62]], "tau=1": [[0.5, 0.5]] * 3}
+
+
+@pytest.fixture
+def evaluations(tmp_path: Path) -> Path:
+    for seed, shift in ((1, 0.0), (2, 0.2)):
+        folder = write_run(tmp_path / f"runs/{seed}", ["--task", "cola", *SMALL, "--seed", str(seed)], 0.5)
+        nll = {(0, 0.0): 0.5 + shift, (10, 0.0): 0.5 + shift, (10, 0.5): 0.4 + shift, (10, 1.0): 0.3 + shift}
+        evaluate(folder, nll, P)
+    return tmp_path / "runs"
+
+
+def test_the_calibration_table_has_means_and_deviations_of_mean_and_draws(
+    evaluations: Path, capsys: pytest.CaptureFixture
+):
+    out, _ = output(capsys, "calibration", evaluations)
+    lines = [line.strip("| ").split(" | ") for line in out.splitlines()]
+    assert lines[0][-6:] == ["prediction", "score", "accuracy", "NLL", "ECE", "Brier"]
+    name = "CoLA, AdaLoRA IVON mu r=2, 2 seeds"
+    same = ["50.00 ± 0.00", "75.00 ± 0.00"], ["10.00 ± 0.00", "0.4000 ± 0.0000"]
+    # Two numbers 0.2 apart: their deviation is 0.2/√2.
+    assert lines[2:] == [
+        [name, how, *same[0], f"{mean} ± 0.1414", *same[1]]
+        for how, mean in (
+            ("mean", "0.6000"),
+            ("10 draws, τ = 0", "0.6000"),
+            ("10 draws, τ = 0.5", "0.5000"),
+            ("10 draws, τ = 1", "0.4000"),
+        )
+    ]
+
+
+def test_the_reliability_diagram_has_the_bins_of_all_seeds_together(evaluations: Path):
+    counts, confidence, accuracy = reproduce.reliability(
+        np.array([0.65, 0.95, 0.7, 1.0]), np.array([1, 0, 0, 1])
+    )
+    assert counts.tolist() == [0, 0, 0, 0, 0, 0, 2, 0, 0, 2]
+    assert (confidence[6], accuracy[6], confidence[9], accuracy[9]) == (0.675, 0.5, 0.975, 0.5)
+    assert np.isnan(accuracy[0])
+    gap = (counts * abs(accuracy - confidence))[counts > 0].sum() / 4
+    p = np.array([[0.35, 0.65], [0.05, 0.95], [0.3, 0.7], [0.0, 1.0]])
+    assert gap == pytest.approx(calibration(p, [1, 0, 0, 1])["ece"])
+    figure = reproduce.reliability_figure(reproduce.evaluated([evaluations]))
+    diagram, histogram = figure.axes
+    mean = diagram.lines[1].get_xydata()
+    drawn = mean[~np.isnan(mean).any(1)]
+    assert drawn == pytest.approx(np.array([[0.635, 1.0], [0.95, 0.0]]))  # [0.65, 0.62] right, 0.95 wrong
+    heights = [bar.get_height() for bar in histogram.patches]
+    assert heights == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+        4,
+        0,
+        0,
+        2,
+        *[0, 0, 0, 0, 6, 0, 0, 0, 0, 0],
+    ]  # two runs; then the draws
+    assert main(["calibration", str(evaluations), "-o", str(evaluations / "r.png")]) == 0
+    assert (evaluations / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_error_and_nll_are_drawn_against_the_temperature(evaluations: Path, capsys: pytest.CaptureFixture):
+    figure = reproduce.temperature_figure(reproduce.evaluated([evaluations]))
+    error, nll = (axis.lines[0].get_xydata() for axis in figure.axes)
+    assert error == pytest.approx(np.array([[0, 50], [0.5, 50], [1, 50]]))
+    assert nll == pytest.approx(np.array([[0, 0.6], [0.5, 0.5], [1, 0.4]]))
+    out, _ = output(capsys, "temperature", evaluations, "-o", evaluations / "t.png")
+    assert "10 draws, τ = 0.5" in out
+    assert (evaluations / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("verb", ["calibration", "temperature"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "",
+        "[]",
+        "{}",
+        '{"evaluations": 3}',
+        '{"evaluations": [{"split": "validation"}]}',
+        '{"evaluations": []}',
+    ],
+)
+def test_runs_without_an_evaluation_are_skipped_by_name(
+    verb: str, content: str | None, evaluations: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    expected, _ = output(capsys, verb, evaluations)
+    folder = write_run(tmp_path / "more/x", ["--task", "cola", *SMALL, "--score", "snr"], 0.5)
+    if content is not None:
+        (folder / "evaluation.json").write_text(content)
+    out, err = output(capsys, verb, evaluations, tmp_path / "more")
+    assert out == expected
+    assert f"skipped {folder}" in err
+    _, err = output(capsys, verb, tmp_path / "more", status=2)
+    assert "error: none of these runs" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("damage", ["gone", "half", "another's"])
+def test_damaged_predictions_are_an_error_in_one_line(
+    damage: str, evaluations: Path, capsys: pytest.CaptureFixture
+):
+    path = evaluations / "1/predictions.safetensors"
+    if damage == "gone":
+        path.unlink()
+    elif damage == "half":
+        path.write_bytes(path.read_bytes()[:40])
+    else:
+        save_file({"test.mean": torch.zeros(2, 2)}, path)
+    assert main(["calibration", str(evaluations), "-o", str(evaluations / "r.png")]) == 2
+    err = capsys.readouterr().err
+    assert "predictions.safetensors" in err
+    assert err.count("\n") == 1
+    assert not (evaluations / "r.png").exists()
