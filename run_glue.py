@@ -65,19 +65,10 @@ OTHER_FLAGS = {
     "full": (*ADALORA_FLAGS, "target_rank", "targets", "alpha"),
 }
 GROUP = 50  # batches that --group_by_length sorts together
-# Flags that only the evaluation of a finished run has, and those that it has with training in common; its
-# other settings are in the run's config.json.
+# Flags that only the evaluation of a finished run has, and those it takes from the run's config.json if they
+# are not given.
 EVAL_ONLY_FLAGS = ("eval_only", "split", "predict", "probabilities")
-EVAL_FLAGS = (
-    "eval_samples",
-    "temperature",
-    "seed",
-    "model",
-    "data_dir",
-    "eval_batch_size",
-    "device",
-    "output_dir",
-)
+EVAL_FLAGS = ("seed", "model", "data_dir", "eval_batch_size", "device", "output_dir")
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -147,7 +138,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--overwrite", action="store_true", help="replace a finished run in the output folder")
     # fmt: on
     args = parser.parse_args(argv)
-    check_evaluation(args, [word.split("=")[0] for word in argv or sys.argv[1:] if word.startswith("--")])
+    words = sys.argv[1:] if argv is None else argv
+    check_evaluation(args, {word.split("=")[0][2:] for word in words if word.startswith("--")})
     if args.eval_only:
         return args
 
@@ -191,18 +183,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_evaluation(args: argparse.Namespace, given: list[str]) -> None:
-    """What has to do with evaluation alone; raises UsageError."""
+def check_evaluation(args: argparse.Namespace, given: set[str]) -> None:
+    """What has to do with evaluation alone, from the names of the flags given; raises UsageError."""
     if args.eval_only is None:
         for name in EVAL_ONLY_FLAGS:
             if getattr(args, name):
                 raise UsageError(f"--{name} is for a finished run: give --eval_only RUN, or leave it out")
         if len(args.temperature or ()) > 1:
             raise UsageError("training evaluates at one --temperature; --eval_only takes several")
-    elif others := [flag for flag in given if flag[2:] not in EVAL_ONLY_FLAGS + EVAL_FLAGS]:
-        raise UsageError(
-            f"--eval_only trains nothing: leave {others[0]} out, {args.eval_only} has its setting"
-        )
+    elif others := sorted(given.difference(EVAL_ONLY_FLAGS, EVAL_FLAGS, ("eval_samples", "temperature"))):
+        raise UsageError(f"--eval_only trains nothing: leave --{others[0]} out, {args.eval_only} has it")
     elif args.probabilities and not args.predict:
         raise UsageError("--probabilities go beside predictions: give --predict FILE, or leave it out")
     elif args.predict and len(args.temperature or ()) > 1:
@@ -210,8 +200,9 @@ def check_evaluation(args: argparse.Namespace, given: list[str]) -> None:
     if args.temperature and not args.eval_samples:
         raise UsageError("--temperature is of posterior draws: give --eval_samples N, or leave it out")
     args.temperature = args.temperature or [1.0]
-    if args.eval_only and "--seed" not in given:
-        args.seed = None  # the run's
+    for name in EVAL_FLAGS:
+        if args.eval_only and name not in given:
+            setattr(args, name, None)  # the run's
 
 
 def method_ranks(args: argparse.Namespace) -> None:
@@ -394,13 +385,12 @@ class Split(NamedTuple):
     labels: Tensor
 
 
-def evaluation_split(
-    features: list[dict], labels: Tensor, collate: transformers.DataCollatorWithPadding, batch_size: int
+def batched(
+    features: list[dict], labels: Tensor, collate: transformers.DataCollatorWithPadding, size: int
 ) -> Split:
     order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    collated = [collate([features[i] for i in batch]) for batch in batches]
-    return Split(collated, torch.tensor(order).argsort(), labels)
+    batches = [collate([features[i] for i in order[j : j + size]]) for j in range(0, len(order), size)]
+    return Split(batches, torch.tensor(order).argsort(), labels)
 
 
 @torch.inference_mode()
@@ -723,7 +713,7 @@ def run(args: argparse.Namespace) -> None:
     labels = labels.to(device)
     lengths = torch.tensor([len(example["input_ids"]) for example in features])
     validation = {
-        split: evaluation_split(
+        split: batched(
             *tokenize(dataset[split], task, tokenizer, args.max_length), collate, args.eval_batch_size
         )
         for split in task.validation
@@ -843,25 +833,15 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
     path = args.eval_only / "config.json"
     try:
         config = json.loads(path.read_text())
-        demo, method = config["demo"], config["method"]
-        names = (
-            "task",
-            "method",
-            "optimizer",
-            "score",
-            "target_rank",
-            "init_rank",
-            "alpha",
-            "max_length",
-            "seed",
-        )
-        names += ("eval_batch_size", "targets") + ("model", "data_dir") * (not demo)
-        given = {name: config[name] for name in names if name not in OTHER_FLAGS[method]}
+        names = "task method optimizer score target_rank init_rank targets alpha max_length".split()
+        given = {name: config[name] for name in names if name not in OTHER_FLAGS[config["method"]]}
+        given |= {name: config[name] for name in ("model", "data_dir", "seed", "eval_batch_size")}
+        if config["demo"]:
+            given |= {"model": HERE / "demo/model", "data_dir": HERE / "demo"}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UsageError(f"--eval_only {args.eval_only}: {path} is not a run's ({error!r})") from None
-    given |= {name: getattr(args, name) for name in EVAL_FLAGS if getattr(args, name)}
-    given.pop("temperature")
-    argv = ["--demo"] if demo else []
+    given |= {name: getattr(args, name) for name in EVAL_FLAGS if getattr(args, name) is not None}
+    argv = []
     for name, value in given.items():
         if value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
@@ -871,7 +851,7 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
 def evaluate_run(args: argparse.Namespace) -> None:
     """Evaluate a finished run's best adapter at its mean and, with --eval_samples, from its posterior."""
     settings, folder = run_settings(args), args.output_dir or args.eval_only
-    task = task_of(settings.task, settings.method, settings.demo)
+    task = TASKS[settings.task]
     tests = [split for split in task.splits if split.startswith("test")]
     splits = [args.split] if args.split else tests[:1] if args.predict else list(task.validation)
     if splits[0] not in task.splits:
@@ -890,7 +870,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     sigma = load_adapter(args.eval_only / "adapter", model, layers)
     collate = transformers.DataCollatorWithPadding(tokenizer)
     loaded = {
-        split: evaluation_split(
+        split: batched(
             *tokenize(dataset[split], task, tokenizer, settings.max_length), collate, settings.eval_batch_size
         )
         for split in splits
@@ -898,30 +878,27 @@ def evaluate_run(args: argparse.Namespace) -> None:
     taus = args.temperature if args.eval_samples else []
     if args.predict:
         (split,) = loaded.values()
-        draws = (sigma, args.eval_samples, *taus, settings.seed)
-        predictions = predict_from_posterior(model, split, *draws) if taus else predict(model, split)
+        predictions = predict(model, split)
+        if taus:
+            predictions = predict_from_posterior(model, split, sigma, args.eval_samples, *taus, settings.seed)
         write_predictions(args.predict, task, dataset[splits[0]]["idx"], predictions, args.probabilities)
         print(f"predictions of {len(predictions)} examples in {args.predict}")
         return
     rows, saved = [], {}
     for name, split in loaded.items():
-        if task.labels and (split.labels < 0).any():
+        if (split.labels < 0).any():
             raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
         saved[f"{name}.labels"] = split.labels
-        for tau in (None, *taus):
-            if tau is None:
-                predictions = predict(model, split)
-            else:
-                predictions = predict_from_posterior(
-                    model, split, sigma, args.eval_samples, tau, settings.seed
-                )
-            saved[f"{name}.mean" if tau is None else f"{name}.tau={tau:g}"] = predictions
-            draws = {"samples": 0 if tau is None else args.eval_samples, "temperature": tau or 0.0}
+        found = {"mean": ({"samples": 0, "temperature": 0.0}, predict(model, split))}
+        for tau in taus:
+            predictions = predict_from_posterior(model, split, sigma, args.eval_samples, tau, settings.seed)
+            found[f"tau={tau:g}"] = ({"samples": args.eval_samples, "temperature": tau}, predictions)
+        for how, (draws, predictions) in found.items():
+            saved[f"{name}.{how}"] = predictions
             judged = judge_probabilities(settings.task, predictions, split.labels)
             rows.append({"split": name, **draws, **judged})
             numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
-            how = "mean" if tau is None else f"{args.eval_samples} draws at τ = {tau:g}"
-            print(f"{name}, {how}:  {numbers}", flush=True)
+            print(f"{name} {how}:  {numbers}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "predictions.safetensors", saved)
     described = {"run": str(args.eval_only), "seed": settings.seed, "data_dir": str(settings.data_dir)}

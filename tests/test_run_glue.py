@@ -21,7 +21,7 @@ from budget import CubicBudget
 from glue import TASKS, task_of
 from run_glue import (
     HERE,
-    evaluation_split,
+    batched,
     learning_rate,
     main,
     parse_args,
@@ -421,7 +421,7 @@ def test_predictions_come_back_in_the_order_of_the_examples():
 
     features = [{"input_ids": [i] * (i * 7 % 23 + 1)} for i in range(100)]
     model = Echo()
-    split = evaluation_split(features, torch.zeros(100), collate, 8)
+    split = batched(features, torch.zeros(100), collate, 8)
     assert predict(model, split).tolist() == list(range(100))
     assert model.tokens < 1.2 * sum(len(f["input_ids"]) for f in features)
 
