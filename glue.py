@@ -106,7 +106,7 @@ TASKS = {
                  2490, ONE, "accuracy", SETTINGS["rte"]),
 }
 # fmt: on
-LORA_LR = 2e-4  # with AdamW; with IVON as AdaLoRA
+LORA_LR, LORA_ALPHA = 2e-4, 32  # with AdamW; with IVON as AdaLoRA
 FULL_LR, FULL_LR_MNLI, FULL_LR_IVON = 2e-5, 1.5e-5, 0.1
 FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
 # The embedded model and data of demo/: CoLA's files, and settings for a far smaller encoder than DeBERTaV3.
@@ -132,7 +132,7 @@ def task_of(name: str, method: str, demo: bool = False) -> Task:
     if demo or method == "adalora":
         return task
     if method == "lora":
-        return task._replace(settings=task.settings._replace(lr_adamw=LORA_LR))
+        return task._replace(settings=task.settings._replace(lr_adamw=LORA_LR, alpha=LORA_ALPHA))
     full = {"lr_adamw": FULL_LR_MNLI if name == "mnli" else FULL_LR, "lr_ivon": FULL_LR_IVON}
     full |= {"first_lr": 0.0, "first_steps": 0, "epochs": FULL_EPOCHS.get(name, task.settings.epochs)}
     return task._replace(settings=task.settings._replace(**full))

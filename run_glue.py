@@ -889,16 +889,19 @@ def evaluate_run(args: argparse.Namespace) -> None:
         if (split.labels < 0).any():
             raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
         saved[f"{name}.labels"] = split.labels
-        found = {"mean": ({"samples": 0, "temperature": 0.0}, predict(model, split))}
-        for tau in taus:
-            predictions = predict_from_posterior(model, split, sigma, args.eval_samples, tau, settings.seed)
-            found[f"tau={tau:g}"] = ({"samples": args.eval_samples, "temperature": tau}, predictions)
-        for how, (draws, predictions) in found.items():
-            saved[f"{name}.{how}"] = predictions
+        for samples, tau in [(0, 0.0), *((args.eval_samples, tau) for tau in taus)]:
+            began = time.perf_counter()
+            if samples:
+                predictions = predict_from_posterior(model, split, sigma, samples, tau, settings.seed)
+            else:
+                predictions = predict(model, split)
+            seconds = time.perf_counter() - began
             judged = judge_probabilities(settings.task, predictions, split.labels)
-            rows.append({"split": name, **draws, **judged})
+            how = f"tau={tau:g}" if samples else "mean"
+            saved[f"{name}.{how}"] = predictions
+            rows.append({"split": name, "samples": samples, "temperature": tau, **judged, "seconds": seconds})
             numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
-            print(f"{name} {how}:  {numbers}", flush=True)
+            print(f"{name} {how}:  {numbers}  ({seconds:.2f} s)", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "predictions.safetensors", saved)
     described = {"run": str(args.eval_only), "seed": settings.seed, "data_dir": str(settings.data_dir)}

@@ -158,7 +158,9 @@ def results(run: Path) -> dict:
 
 
 def evaluations(folder: Path) -> list[dict]:
-    return json.loads((folder / "evaluation.json").read_text())["evaluations"]
+    rows = json.loads((folder / "evaluation.json").read_text())["evaluations"]
+    assert all(row.pop("seconds") > 0 for row in rows)
+    return rows
 
 
 @pytest.mark.parametrize("method", ["adalora", "lora", "full"])
