@@ -106,7 +106,11 @@ TASKS = {
                  2490, ONE, "accuracy", SETTINGS["rte"]),
 }
 # fmt: on
-LORA_LR, LORA_ALPHA = 2e-4, 32  # with AdamW; with IVON as AdaLoRA
+LORA_LR, LORA_ALPHA = 2e-4, 32
+# LoRA with IVON has no published setting for GLUE. Ours: its largest step, lr·h0·ξ with h0 = 1e-4 and
+# ξ = 1e-3, is AdamW's. At the papers' h0 = 1 and ess = |train| noise on A and B drowns what they learn.
+LORA_LR_IVON = 1e7  # times AdamW's
+LORA_IVON = {"hess_init": 1e-4, "beta2": 0.999, "ess": 1e10}
 FULL_LR, FULL_LR_MNLI, FULL_LR_IVON = 2e-5, 1.5e-5, 0.1
 FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
 # The embedded model and data of demo/: CoLA's files, and settings for a far smaller encoder than DeBERTaV3.
@@ -127,15 +131,18 @@ DEMO = TASKS["cola"]._replace(
 
 
 def task_of(name: str, method: str, demo: bool = False) -> Task:
-    """A task with the settings of a method: "adalora", "lora" or "full"; the demo has one for all three."""
+    """A task, or the demo, with the settings of a method: "adalora", "lora" or "full"."""
     task = DEMO if demo else TASKS[name]
-    if demo or method == "adalora":
-        return task
+    one_phase = {"first_lr": 0.0, "first_steps": 0}
     if method == "lora":
-        return task._replace(settings=task.settings._replace(lr_adamw=LORA_LR, alpha=LORA_ALPHA))
-    full = {"lr_adamw": FULL_LR_MNLI if name == "mnli" else FULL_LR, "lr_ivon": FULL_LR_IVON}
-    full |= {"first_lr": 0.0, "first_steps": 0, "epochs": FULL_EPOCHS.get(name, task.settings.epochs)}
-    return task._replace(settings=task.settings._replace(**full))
+        lr = task.settings.lr_adamw if demo else LORA_LR
+        lora = {"lr_adamw": lr, "lr_ivon": float(round(lr * LORA_LR_IVON)), "alpha": LORA_ALPHA}
+        return task._replace(settings=task.settings._replace(**lora, **one_phase))
+    if method == "full" and not demo:
+        full = {"lr_adamw": FULL_LR_MNLI if name == "mnli" else FULL_LR, "lr_ivon": FULL_LR_IVON}
+        full["epochs"] = FULL_EPOCHS.get(name, task.settings.epochs)
+        return task._replace(settings=task.settings._replace(**full, **one_phase))
+    return task
 
 
 COLA_COLUMNS = ["source", "label", "star", "sentence"]  # its train.tsv and dev.tsv have no header

@@ -41,7 +41,7 @@ from tqdm import tqdm
 
 from adalora import HEADS, TARGETS, SVDLinear, inject, linear_maps, orthogonality_penalty
 from budget import CubicBudget
-from glue import TASKS, Task, check_hub, load_task, task_of
+from glue import LORA_IVON, TASKS, Task, check_hub, load_task, task_of
 from ivon import IVON
 from metrics import calibration, score_agreement, task_metrics
 from scores import SCORES
@@ -170,7 +170,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.optimizer != "ivon" and getattr(args, name) is not None:
             raise UsageError(f"--{name} is a setting of IVON: leave it out, or use --optimizer ivon")
         if args.optimizer == "ivon" and getattr(args, name) is None:
-            setattr(args, name, default)
+            setattr(args, name, LORA_IVON.get(name, default) if args.method == "lora" else default)
     if args.eval_samples and args.optimizer != "ivon":
         raise UsageError("--eval_samples needs a posterior: use --optimizer ivon, or leave it out")
     args.beta1 = IVON_BETA1 if args.optimizer == "ivon" else None

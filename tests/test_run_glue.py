@@ -483,7 +483,8 @@ def test_the_baselines_have_their_own_published_settings(task: str):
     assert (args.lr, args.weight_decay, args.first_steps) == (0.1, 1e-5, 0)
     args = settings("--method", "lora", "--optimizer", "ivon", task=task)
     plan(args, task_of(task, "lora"), size, 72)
-    assert (args.lr, args.weight_decay, args.first_steps) == (paper.lr_ivon, 1e-8, paper.first_steps)
+    assert (args.lr, args.weight_decay, args.first_steps) == (2000, 1e-8, 0)
+    assert args.lr * args.hess_init * args.clip_radius == pytest.approx(2e-4)  # AdamW's step
 
 
 def test_a_shortened_run_scales_its_phases_and_its_budget_with_it():
