@@ -107,9 +107,8 @@ TASKS = {
 }
 # fmt: on
 LORA_LR, LORA_ALPHA = 2e-4, 32
-# LoRA with IVON has no published setting for GLUE. Ours: its largest step, lr·h0·ξ with h0 = 1e-4 and
-# ξ = 1e-3, is AdamW's. At the papers' h0 = 1 and ess = |train| noise on A and B drowns what they learn.
-LORA_LR_IVON = 1e7  # times AdamW's
+# LoRA with IVON has no published setting for GLUE, and at that for AdaLoRA noise on A and B drowns what they
+# learn. Ours, with a learning rate that makes the largest step AdamW's (run_glue.plan):
 LORA_IVON = {"hess_init": 1e-4, "beta2": 0.999, "ess": 1e10}
 FULL_LR, FULL_LR_MNLI, FULL_LR_IVON = 2e-5, 1.5e-5, 0.1
 FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
@@ -136,8 +135,8 @@ def task_of(name: str, method: str, demo: bool = False) -> Task:
     one_phase = {"first_lr": 0.0, "first_steps": 0}
     if method == "lora":
         lr = task.settings.lr_adamw if demo else LORA_LR
-        lora = {"lr_adamw": lr, "lr_ivon": float(round(lr * LORA_LR_IVON)), "alpha": LORA_ALPHA}
-        return task._replace(settings=task.settings._replace(**lora, **one_phase))
+        settings = task.settings._replace(lr_adamw=lr, alpha=LORA_ALPHA, **one_phase)
+        return task._replace(settings=settings)
     if method == "full" and not demo:
         full = {"lr_adamw": FULL_LR_MNLI if name == "mnli" else FULL_LR, "lr_ivon": FULL_LR_IVON}
         full["epochs"] = FULL_EPOCHS.get(name, task.settings.epochs)
@@ -158,6 +157,8 @@ def load_task(
     Args:
         data_dir: a folder in GLUE's own layout; without it, the Hub's copy.
         splits: which ones; only their files have to be there.
+
+    A test file that has labels is read with them; one that has not, with its own numbers as "idx".
 
     Raises OSError where a file is missing or the Hub does not answer, ValueError ("file:line: what") where a
     file is not as it should be.
@@ -222,16 +223,17 @@ def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict
     *text_columns, label_column = columns
     rows = _rows(path)
     header = COLA_COLUMNS if task == "cola" and labelled else next(rows, (1, []))[1]
+    labelled = labelled or label_column in header
+    # Without labels the file's own numbers count, in a submission.
+    numbers = None if labelled else next((name for name in ("index", "id") if name in header), None)
     wanted = columns if labelled else text_columns
     if absent := [column for column in wanted if column not in header]:
         raise ValueError(
             f"{path}:1: there is no column {absent[0]!r} in the header, which needs {', '.join(wanted)}"
         )
-    cut_short = (
-        0  # GLUE's own copy of qqp has a few rows with a line end in a question; no reader counts them
-    )
+    cut_short = 0  # GLUE's qqp has a few rows with a line end in a question; no reader counts them
     for idx, (line, row) in enumerate(rows):
-        if task == "qqp" and len(row) < len(header):
+        if task == "qqp" and len(row) < len(header) and not numbers:
             cut_short += 1
             continue
         if len(row) != len(header):
@@ -242,9 +244,10 @@ def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict
         example = dict(zip(text, (fields[column] for column in text_columns), strict=True))
         try:
             example["label"] = _label(task, fields[label_column]) if labelled else -1
+            number = int(fields[numbers]) if numbers else idx
         except ValueError as error:
             raise ValueError(f"{path}:{line}: {error}") from None
-        yield example | {"idx": idx}
+        yield example | {"idx": number}
         if cut_short > 100:
             raise ValueError(f"{path}:{line}: the hundredth row with too few columns")
     if cut_short:

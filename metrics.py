@@ -72,16 +72,28 @@ def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str
         raise ValueError(f"calibration needs (n, classes) and (n,), not {probs.shape} and {labels.shape}")
     n, classes = probs.shape
     p_label = probs[np.arange(n), labels]
+    counts, confidence, accuracy = reliability(probs, labels, bins)
+    return {
+        "accuracy": float((probs.argmax(axis=1) == labels).mean()),
+        "nll": float(-np.log(np.maximum(p_label, np.finfo(np.float64).tiny)).mean()),
+        "ece": float(np.nansum(counts * np.abs(accuracy - confidence)) / n),
+        "brier": float(((probs - np.eye(classes)[labels]) ** 2).sum(axis=1).mean()),
+    }
+
+
+def reliability(
+    probs: np.ndarray, labels: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of `calibration`'s bins: examples, their mean confidence, their accuracy; (bins,) each.
+
+    Mean confidence and accuracy of an empty bin are NaN.
+    """
     confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
     # right=True: edges[i − 1] < confidence ≤ edges[i]; i/bins is rounded once, as a literal 0.3 is.
     bin_of = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
-    gap = np.bincount(bin_of, weights=right - confidence)  # n_bin·(accuracy − mean confidence)
-    return {
-        "accuracy": float(right.mean()),
-        "nll": float(-np.log(np.maximum(p_label, np.finfo(np.float64).tiny)).mean()),
-        "ece": float(np.abs(gap).sum() / n),
-        "brier": float(((probs - np.eye(classes)[labels]) ** 2).sum(axis=1).mean()),
-    }
+    counts, *sums = (np.bincount(bin_of, weights, minlength=bins) for weights in (None, confidence, right))
+    with np.errstate(invalid="ignore"):
+        return counts, sums[0] / counts, sums[1] / counts
 
 
 def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[str, float | None]]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -31,18 +32,20 @@ import statistics
 import sys
 import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from adalora import TARGETS
 from glue import TASKS, task_of
+from metrics import reliability
 from run_glue import (
     EVAL_ONLY_FLAGS,
     MODEL,
     OTHER_FLAGS,
+    Parser,
     UsageError,
     number,
     parse_args,
@@ -61,39 +64,18 @@ HERE = Path(__file__).resolve().parent
 SEEDS = (2021, 2022, 2023, 2024, 2025)
 PAPER_SCORES = ("sensitivity", "snr_abs", "snr", "mu", "inv_sigma")
 GROUPS = {"large": ("mnli", "qqp", "qnli", "sst2"), "small": ("cola", "stsb", "mrpc", "rte")}  # columns
+NONE = type(None)
 NAMES = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA", "ivon": "IVON", "adamw": "AdamW"}
-# Which row of a table a run belongs to is decided by its settings. Of those in config.json,
-IDENTITY = (
-    "task",
-    "method",
-    "optimizer",
-    "score",
-    "target_rank",
-    "model",
-    "demo",
-)  # have a place of their own,
+# Which row of a table a run belongs to is decided by its settings. Of those in config.json these have a
+# place of their own,
+IDENTITY = "task method optimizer score target_rank model demo".split()
 # the length of the run and its batches are its shape, which each task has for itself,
-SHAPE = ("total_steps", "batch_size", "grad_accum", "max_length", "eval_every", "group_by_length")
+SHAPE = "total_steps batch_size grad_accum max_length eval_every group_by_length".split()
 # these cannot change a result, but for rounding, or follow from others,
 IGNORED = (
-    "seed",
-    "epochs",
-    "max_steps",
-    "output_dir",
-    "overwrite",
-    "device",
-    "eval_batch_size",
-    "track_scores",
+    "seed epochs max_steps output_dir overwrite device eval_batch_size track_scores eval_samples".split()
 )
-IGNORED += (
-    "eval_samples",
-    "temperature",
-    *EVAL_ONLY_FLAGS,
-    "versions",
-    "git_commit",
-    "device_name",
-    "threads",
-)
+IGNORED += ["temperature", "encoder", *EVAL_ONLY_FLAGS, "versions", "git_commit", "device_name", "threads"]
 # and everything else counts where it is not what the task's settings make of the rest (`departures`).
 
 
@@ -112,20 +94,15 @@ def grid(
     tasks: Iterable[str], seeds: Iterable[int], ranks: Iterable[float], methods: Iterable[str]
 ) -> Iterator[list[str]]:
     """run_glue.py's arguments for every run of [C] table I, a task after the other."""
-    rows = [["--method", "full", "--optimizer", "adamw"]] if "full" in methods else []
+    rows = ["--method full --optimizer adamw"] if "full" in methods else []
+    pairs = [("adamw", "sensitivity"), *(("ivon", score) for score in PAPER_SCORES)]
     for rank in ranks:
-        rows += [["--method", "lora", "--optimizer", "adamw", "--target_rank", f"{rank:g}"]] * (
-            "lora" in methods
-        )
-        pairs = [("adamw", "sensitivity"), *(("ivon", score) for score in PAPER_SCORES)]
-        rows += [
-            ["--method", "adalora", "--optimizer", optimizer, "--score", score, "--target_rank", f"{rank:g}"]
-            for optimizer, score in pairs * ("adalora" in methods)
-        ]
-    for task in tasks:
-        for row in rows:
-            for seed in seeds:
-                yield ["--task", task, *row, "--seed", str(seed)]
+        if "lora" in methods:
+            rows.append(f"--method lora --optimizer adamw --target_rank {rank:.12g}")
+        for optimizer, score in pairs if "adalora" in methods else ():
+            rows.append(f"--method adalora --optimizer {optimizer} --score {score} --target_rank {rank:.12g}")
+    for task, row, seed in itertools.product(tasks, rows, seeds):
+        yield f"--task {task} {row} --seed {seed}".split()
 
 
 def resolved(argv: list[str]) -> dict:
@@ -137,18 +114,29 @@ def resolved(argv: list[str]) -> dict:
 
 
 def print_commands(args: argparse.Namespace) -> None:
+    own = {"--task", "--method", "--optimizer", "--score", "--target_rank", "--seed", "--output_dir"}
+    if taken := own.intersection(word.split("=")[0] for word in args.flags):
+        raise UsageError(f"every line has its own {sorted(taken)[0]}: leave it out after --")
     exists = args.missing and args.missing.exists()
     finished = [run.config for run in find_runs([args.missing], at_least=0)] if exists else []
-    compared = resolved(["--task", "cola"]).keys() - (set(IGNORED) - {"seed"}) - {"targets"}
-    lines = []
-    for argv in grid(args.tasks, args.seeds, args.ranks, args.methods):
+    lines, compared = [], resolved(["--task", "cola"]).keys() - (set(IGNORED) - {"seed"})
+    for argv in grid(
+        *(list(dict.fromkeys(each)) for each in (args.tasks, args.seeds, args.ranks, args.methods))
+    ):
         wanted = resolved([*argv, *args.flags])
-        if any(all(config.get(key) == wanted[key] for key in compared) for config in finished):
+        keys = (
+            compared if wanted["targets"] else compared - {"targets"}
+        )  # a run has its model's own otherwise
+        if any(all(config.get(key) == wanted[key] for key in keys) for config in finished):
             continue
-        if args.missing and "--output_dir" not in args.flags:
-            argv += ["--output_dir", str(args.missing / Path(wanted["output_dir"]).name)]
+        if args.missing:
+            name = Path(wanted["output_dir"]).name
+            names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
+            free = next(n for n in names if not (args.missing / n / "results.json").exists())
+            argv += ["--output_dir", str(args.missing / free)]
         lines.append(shlex.join(["python", "run_glue.py", *argv, *args.flags]))
-    print(*lines, sep="\n")
+    if lines:
+        print(*lines, sep="\n")
 
 
 # ---- finished runs ---------------------------------------------------------------------------------------
@@ -193,19 +181,26 @@ def check(run: Run) -> None:
     config, results = run.config, run.results
     shared = ("task", "method", "optimizer", "score", "seed", "demo")
     absent = [key for key in (*shared, "target_rank", "total_steps") if key not in config]
-    absent += [key for key in (*shared, "metric", "best", "ranks") if key not in results]
+    absent += [key for key in (*shared, "metric", "best", "ranks", "budget") if key not in results]
     if absent:
         raise ValueError(f"not a run's, {absent[0]} is missing")
     if any(config[key] != results[key] for key in shared):
         raise ValueError("config.json and results.json are of two different runs")
-    if type(config["seed"]) is not int:
-        raise ValueError("its seed is not a number")
+    odd = [
+        key
+        for key in (*SHAPE, "seed", "target_rank")
+        if type(config.get(key)) not in (int, float, bool, NONE)
+    ]
+    if odd or type(config["seed"]) is not int or type(config["demo"]) is not bool:
+        raise ValueError(f"not a run's: {(odd or ['seed or demo'])[0]} is not a number")
     best = results["best"].get(str(results["metric"])) if isinstance(results["best"], dict) else None
     if type(best) not in (int, float) or not math.isfinite(best):
         raise ValueError(f"results.json has no number for the best {results['metric']}")
     ranks = results["ranks"]
     if not isinstance(ranks, dict) or any(type(rank) is not int for rank in ranks.values()):
         raise ValueError("results.json has no ranks")
+    if not isinstance(results["budget"], dict) or type(results["budget"].get("b0")) is not int:
+        raise ValueError("results.json has no budget")
     try:
         departures(config)
     except UsageError as error:
@@ -244,6 +239,15 @@ def usual_shapes(runs: list[Run]) -> dict[tuple, tuple]:
     return {key: count.most_common(1)[0][0] for key, count in counts.items()}
 
 
+def usual_encoders(runs: list[Run]) -> dict[str, str]:
+    """By model, the checksum of the frozen weights of most runs; a folder's name says too little."""
+    counts = defaultdict(Counter)
+    for run in runs:
+        if run.config.get("encoder") and run.config["method"] != "full":
+            counts[str(run.config.get("model"))][run.config["encoder"]] += 1
+    return {model: count.most_common(1)[0][0] for model, count in counts.items()}
+
+
 def is_the_papers(config: dict) -> bool:
     """Whether model, settings, length and batches are those behind the paper's number."""
     argv = ["--task", config["task"], "--method", config["method"], "--optimizer", config["optimizer"]]
@@ -277,14 +281,11 @@ class Row(NamedTuple):
     optimizer: str
     score: str | None
     settings: str  # what is not as usual
+    demo: bool = False
 
     def label(self) -> str:
-        parts = [
-            NAMES[self.method],
-            NAMES[self.optimizer],
-            self.score,
-            self.rank is not None and f"r={self.rank:g}",
-        ]
+        rank = self.rank is not None and f"r={self.rank:g}"
+        parts = self.demo and "demo", NAMES[self.method], NAMES[self.optimizer], self.score, rank
         return " ".join(part for part in [*parts, self.settings and f"({self.settings})"] if part)
 
     def order(self) -> tuple:
@@ -303,6 +304,7 @@ def rows_of(runs: list[Run]) -> dict[Row, dict[str, list[Run]]]:
     A run of another shape than most of its task and method, or of other data, has that among its row's
     settings. A second run with the same seed in a cell is left out by name.
     """
+    encoders = usual_encoders(runs)
     usual, cells = usual_shapes(runs), defaultdict(lambda: defaultdict(dict))
     for run in runs:
         c = run.config
@@ -310,8 +312,10 @@ def rows_of(runs: list[Run]) -> dict[Row, dict[str, list[Run]]]:
         settings = departures(c)
         settings |= {key: c.get(key) for key, other in zip(SHAPE, most, strict=True) if c.get(key) != other}
         settings |= {} if str(c.get("data_dir")) == data else {"data_dir": c.get("data_dir")}
-        label = settings_label(settings)
-        row = Row(str(c.get("model")), c["method"], c["target_rank"], c["optimizer"], c["score"], label)
+        if c["method"] != "full" and c.get("encoder") not in (None, encoders.get(str(c.get("model")))):
+            settings["encoder"] = c["encoder"]
+        kind = str(c.get("model")), c["method"], c["target_rank"], c["optimizer"], c["score"]
+        row = Row(*kind, settings_label(settings), c["demo"])
         seeds = cells[row][c["task"]]
         if c["seed"] in seeds:
             skip(run.folder, f"the same settings and seed as {seeds[c['seed']].folder}")
@@ -394,11 +398,11 @@ def print_table(args: argparse.Namespace) -> None:
         table[row] = {task: cell(same_but_seed, paper) for task, same_but_seed in tasks.items()}
     if args.csv:
         writer = csv.writer(sys.stdout, lineterminator="\n")
-        writer.writerow([*Row._fields, "task", "metric", *Cell._fields])
+        writer.writerow([*Row._fields[:-1], "task", "metric", *Cell._fields])
         for row, cells in table.items():
             for task, c in cells.items():
                 rounded = (round(c.mean, 4), None if c.sd is None else round(c.sd, 4), c.seeds, c.paper)
-                writer.writerow([*row, task, TASKS[task].metric, *rounded])
+                writer.writerow([*row[:-1], task, TASKS[task].metric, *rounded])
         return
     models = dict.fromkeys(row.model for row in table)
     sections = [
@@ -466,8 +470,11 @@ def pyplot():
 
 def save(figure: Figure, path: Path) -> None:
     """All of it or nothing: written beside and renamed."""
+    path = path.resolve()
     beside = path.with_name(f".{path.name}.new")
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a file")
         figure.savefig(beside, dpi=150, format=path.suffix.removeprefix(".") or "png")
         os.replace(beside, path)
     except (OSError, ValueError) as error:
@@ -476,8 +483,32 @@ def save(figure: Figure, path: Path) -> None:
     print(path)
 
 
-def title(row: Row, task: str, runs: list[Run]) -> str:
-    return f"{TASKS[task].folder}, {row.label()}, {len(runs)} seed{'s' * (len(runs) != 1)}"
+class Group(NamedTuple):
+    """Runs that differ in the seed alone, and what to call them."""
+
+    name: str
+    task: str
+    row: Row
+    runs: list[Run]
+
+
+def groups_of(runs: list[Run]) -> list[Group]:
+    """As `rows_of`, a group a cell; names are different."""
+    cells = [(row, task, same) for row, tasks in rows_of(runs).items() for task, same in tasks.items()]
+    models = {row.model for row, _, _ in cells}
+    return [
+        Group(
+            f"{TASKS[task].folder}, {row.label()}, {seeds(len(same))}{f', {row.model}' * (len(models) > 1)}",
+            task,
+            row,
+            same,
+        )
+        for row, task, same in cells
+    ]
+
+
+def seeds(n: int) -> str:
+    return f"{n} seed{'s' * (n != 1)}"
 
 
 def mean_ranks(args: argparse.Namespace) -> dict[str, dict[str, float]]:
@@ -490,23 +521,20 @@ def mean_ranks(args: argparse.Namespace) -> dict[str, dict[str, float]]:
             skip(run.folder, "there are no adapters, so no ranks")
     if not runs:
         raise UsageError("none of these runs has adapters")
+    first = runs[0]
     for run in runs:
-        first = runs[0]
-        if (
-            run.config.get("model") != first.config.get("model")
-            or run.results["ranks"].keys() != first.results["ranks"].keys()
-        ):
+        same_model = run.config.get("model") == first.config.get("model")
+        if not same_model or run.results["ranks"].keys() != first.results["ranks"].keys():
             raise UsageError(
                 f"{first.folder} and {run.folder} are of different models or adapters "
                 f"({first.config.get('model')}, {run.config.get('model')}): draw them one by one"
             )
     return {
-        title(row, task, same): {
-            name: statistics.fmean(run.results["ranks"][name] for run in same)
-            for name in same[0].results["ranks"]
+        group.name: {
+            name: statistics.fmean(run.results["ranks"][name] for run in group.runs)
+            for name in first.results["ranks"]
         }
-        for row, tasks in rows_of(runs).items()
-        for task, same in tasks.items()
+        for group in groups_of(runs)
     }
 
 
@@ -530,7 +558,8 @@ def ranks_figure(patterns: dict[str, dict[str, float]]) -> Figure:
         image = axis.imshow(grid, vmin=0, vmax=max(top, 1), cmap="viridis", aspect="auto")
         for (y, x), rank in np.ndenumerate(grid):
             colour = "black" if rank > 0.6 * top else "white"
-            axis.text(x, y, f"{rank:.2g}", ha="center", va="center", color=colour, fontsize=7)
+            text = "" if math.isnan(rank) else f"{round(rank, 1):g}"
+            axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=7)
         axis.set_title(name, fontsize=8)
         axis.set_xticks(range(len(rows)), rows, fontsize=7)
         axis.set_yticks(range(len(modules)), modules, fontsize=7)
@@ -550,15 +579,15 @@ def print_ranks(args: argparse.Namespace) -> None:
     print("\n\n".join(texts))
 
 
-def read_lines(run: Run, name: str) -> list[dict]:
+def read_lines(run: Run, name: str, needed: Callable[[dict, Run], bool]) -> list[dict]:
     """The objects of one of the run's .jsonl files; [] and a line on stderr where that cannot be had."""
     try:
         lines = [json.loads(line) for line in (run.folder / name).read_text(encoding="utf-8").splitlines()]
-        if not lines or not all(isinstance(line, dict) and "step" in line for line in lines):
-            raise ValueError("nothing of a run's in it")
+        if not lines or not all(needed(line, run) for line in lines):
+            raise ValueError("it is not a run's")
     except FileNotFoundError:
         skip(run.folder, f"no {name}{' (it takes --track_scores)' * (name == 'score_agreement.jsonl')}")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         skip(run.folder, f"{name} cannot be read: {error}")
     else:
         return lines
@@ -573,9 +602,14 @@ def mean_over_seeds(series: list[dict[int, float]]) -> tuple[list[int], np.ndarr
 
 def curves_figure(runs: list[Run]) -> Figure:
     """For each task, the validation score against the step and the budget under it, a line a row."""
-    journals = {run.folder: lines for run in runs if (lines := read_lines(run, "metrics.jsonl"))}
-    rows = rows_of([run for run in runs if run.folder in journals])
-    tasks = list(dict.fromkeys(task for cells in rows.values() for task in cells))
+
+    def needed(line: dict, run: Run) -> bool:
+        metric = TASKS[run.config["task"]].metric
+        return math.isfinite(line["step"] + line[metric if "split" in line else "budget"])
+
+    journals = {run.folder: lines for run in runs if (lines := read_lines(run, "metrics.jsonl", needed))}
+    groups = groups_of([run for run in runs if run.folder in journals])
+    tasks = list(dict.fromkeys(group.task for group in groups))
     if not tasks:
         raise UsageError("none of these runs has a metrics.jsonl that can be read")
     plt = pyplot()
@@ -583,23 +617,22 @@ def curves_figure(runs: list[Run]) -> Figure:
     figure, axes = plt.subplots(
         2, len(tasks), figsize=size, squeeze=False, sharex="col", height_ratios=(3, 1), layout="constrained"
     )
-    for i, (row, cells) in enumerate(rows.items()):
-        for task, same in cells.items():
-            score, budget = axes[:, tasks.index(task)]
-            split, metric = TASKS[task].validation[0], TASKS[task].metric
-            evaluations, budgets = [], []
-            for run in same:
-                lines = journals[run.folder]
-                evaluations.append({e["step"]: e[metric] for e in lines if e.get("split") == split})
-                budgets.append({e["step"]: e["budget"] for e in lines if "budget" in e})
-            steps, values = mean_over_seeds(evaluations)
-            label = f"{row.label()}, {len(same)} seed{'s' * (len(same) != 1)}"
-            score.plot(steps, values.mean(0), label=label, color=f"C{i}")
-            score.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=f"C{i}", linewidth=0)
-            steps, values = mean_over_seeds(budgets)
-            budget.plot(steps, values.mean(0), color=f"C{i}")
-            score.set(title=TASKS[task].folder, ylabel=metric.replace("_", " "))
-            budget.set(xlabel="step", ylabel="triplets")
+    colours = {row: f"C{i}" for i, row in enumerate(dict.fromkeys(group.row for group in groups))}
+    for group in groups:
+        (score, budget), colour = axes[:, tasks.index(group.task)], colours[group.row]
+        split, metric = TASKS[group.task].validation[0], TASKS[group.task].metric
+        evaluations, budgets = [], []
+        for run in group.runs:
+            lines = journals[run.folder]
+            evaluations.append({e["step"]: e[metric] for e in lines if e.get("split") == split})
+            budgets.append({e["step"]: e["budget"] for e in lines if "budget" in e})
+        steps, values = mean_over_seeds(evaluations)
+        score.plot(steps, values.mean(0), label=group.name, color=colour)
+        score.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=colour, linewidth=0)
+        steps, values = mean_over_seeds(budgets)
+        budget.plot(steps, values.mean(0), color=colour)
+        score.set(title=TASKS[group.task].folder, ylabel=metric.replace("_", " "))
+        budget.set(xlabel="step", ylabel="triplets")
     for axis in axes[0]:
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
@@ -616,34 +649,43 @@ class Agreement(NamedTuple):
     names: list[str]
     spearman: np.ndarray  # (names, names), NaN where it is not defined
     jaccard: np.ndarray
+    chance: float  # Jaccard of two scores that have nothing to do with each other
     sigma_cv: dict[int, float]  # by step, mean over seeds; {} without a posterior
 
 
 def agreements(runs: list[Run]) -> dict[str, Agreement]:
-    tracked = {run.folder: lines for run in runs if (lines := read_lines(run, "score_agreement.jsonl"))}
+    def needed(line: dict, run: Run) -> bool:
+        numbers = [*line["spearman"].values(), *line["jaccard"].values(), line["sigma_cv"]]
+        numbers = [number for number in numbers if number is not None]
+        same_pairs = line["spearman"].keys() == line["jaccard"].keys()
+        return same_pairs and all(map(math.isfinite, [*numbers, line["step"], line["budget"]]))
+
+    tracked = {
+        run.folder: lines for run in runs if (lines := read_lines(run, "score_agreement.jsonl", needed))
+    }
     if not tracked:
         raise UsageError("none of these runs has a score_agreement.jsonl: train with --track_scores")
     found = {}
-    for row, tasks in rows_of([run for run in runs if run.folder in tracked]).items():
-        for task, same in tasks.items():
-            lines = [tracked[run.folder] for run in same]
-            pairs = [pair.split("/") for pair in lines[0][0]["spearman"]]
-            names = list(dict.fromkeys(name for pair in pairs for name in pair))
-            matrices = []
-            for measure in ("spearman", "jaccard"):
-                matrix = np.eye(len(names))
-                for a, b in pairs:
-                    values = [line[measure][f"{a}/{b}"] for of_run in lines for line in of_run]
-                    values = [value for value in values if value is not None]
-                    i, j = names.index(a), names.index(b)
-                    matrix[i, j] = matrix[j, i] = statistics.fmean(values) if values else math.nan
-                matrices.append(matrix)
-            series = [
-                {e["step"]: e["sigma_cv"] for e in of_run if e["sigma_cv"] is not None} for of_run in lines
-            ]
-            steps, values = mean_over_seeds(series)
-            cv = dict(zip(steps, values.mean(0), strict=True))
-            found[title(row, task, same)] = Agreement(names, *matrices, cv)
+    for group in groups_of([run for run in runs if run.folder in tracked]):
+        lines = [tracked[run.folder] for run in group.runs]
+        together = [line for of_run in lines for line in of_run]
+        pairs = [pair.split("/") for pair in lines[0][0]["spearman"]]
+        names = list(dict.fromkeys(name for pair in pairs for name in pair))
+        matrices = []
+        for measure in ("spearman", "jaccard"):
+            matrix = np.eye(len(names))
+            for a, b in pairs:
+                values = [line[measure].get(f"{a}/{b}") for line in together]
+                values = [value for value in values if value is not None]
+                i, j = names.index(a), names.index(b)
+                matrix[i, j] = matrix[j, i] = statistics.fmean(values) if values else math.nan
+            matrices.append(matrix)
+        # Two random sets of k of n triplets share k²/n of them.
+        n = sum(run.results["budget"]["b0"] for run in group.runs) / len(group.runs)
+        chance = statistics.fmean(k / (2 * n - k) if (k := line["budget"]) else 1.0 for line in together)
+        series = [{e["step"]: e["sigma_cv"] for e in of_run if e["sigma_cv"] is not None} for of_run in lines]
+        steps, values = mean_over_seeds(series)
+        found[group.name] = Agreement(names, *matrices, chance, dict(zip(steps, values.mean(0), strict=True)))
     return found
 
 
@@ -656,6 +698,7 @@ def agreement_text(name: str, agreement: Agreement) -> str:
         cells = ["" if i == j else f"{both[i, j]:.3f}" for j in range(len(agreement.names))]
         cells = [cell.rjust(len(other)) for cell, other in zip(cells, agreement.names, strict=True)]
         lines.append(f"{own:>{width}}  " + "  ".join(cells))
+    lines.append(f"Jaccard of two scores that have nothing in common: {agreement.chance:.3f}")
     if agreement.sigma_cv:
         last = max(agreement.sigma_cv)
         lines.append(f"coefficient of variation of σ at the last allocation: {agreement.sigma_cv[last]:.2g}")
@@ -683,7 +726,8 @@ def agreement_figure(found: dict[str, Agreement]) -> Figure:
         ticks = range(len(agreement.names))
         axis.set_xticks(ticks, agreement.names, fontsize=7, rotation=40, ha="right")
         axis.set_yticks(ticks, agreement.names, fontsize=7)
-        axis.set_title("\n".join(textwrap.wrap(f"{chr(97 + i)}) {name}", 46)), fontsize=8)
+        text = f"{chr(97 + i)}) {name} (Jaccard by chance {agreement.chance:.2f})"
+        axis.set_title("\n".join(textwrap.wrap(text, 46)), fontsize=8)
     if posterior:
         axis = figure.add_subplot(grid[down, :])
         for i, agreement in enumerate(found.values()):
@@ -708,108 +752,102 @@ def draw_agreement(args: argparse.Namespace) -> None:
 
 
 class Evaluated(NamedTuple):
-    """What --eval_only found for runs that differ in the seed alone."""
+    """What --eval_only found for a group of runs."""
 
-    name: str
-    runs: list[Run]
-    # By number of draws and τ, (0, 0) being the mean: every run's metrics.
-    scores: dict[tuple[int, float], list[dict]]
+    group: Group
+    # By number of draws and τ, (0, 0) being the mean: the runs that have it and their metrics.
+    scores: dict[tuple[int, float], list[tuple[Run, dict]]]
 
 
 def evaluated(folders: list[Path]) -> list[Evaluated]:
-    """Runs with an evaluation.json of their task's (first) validation split."""
+    """Runs with an evaluation.json of their own task's (first) validation split."""
     runs, found = find_runs(folders), {}
     for run in runs:
+        split = TASKS[run.config["task"]].validation[0]
         try:
-            rows = read_json(run.folder / "evaluation.json")["evaluations"]
-            split = TASKS[run.config["task"]].validation[0]
-            mine = {(row["samples"], row["temperature"]): row for row in rows if row["split"] == split}
-            numbers = [number for row in mine.values() for key, number in row.items() if key != "split"]
+            rows = [
+                row
+                for row in read_json(run.folder / "evaluation.json")["evaluations"]
+                if row["split"] == split
+            ]
+            if any(row[key] != run.config.get(key) for row in rows for key in ("model", "data_dir")):
+                raise ValueError("evaluated with another model or other data than it was trained with")
+            numbers = [row[key] for row in rows for key in row.keys() - {"split", "model", "data_dir"}]
             if not numbers or not all(map(math.isfinite, numbers)):
                 raise ValueError(f"no evaluation of {split} in evaluation.json")
+            found[run.folder] = {(row["samples"], row["temperature"]): row for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             skip(run.folder, f"{error} (run_glue.py --eval_only writes evaluation.json)")
-        else:
-            found[run.folder] = mine
     runs = [run for run in runs if run.folder in found]
     if not runs:
         raise UsageError(
             "none of these runs has an evaluation of its validation data: run_glue.py --eval_only RUN"
         )
-    groups = []
-    for row, tasks in rows_of(runs).items():
-        for task, same in tasks.items():
-            keys = set.intersection(*(set(found[run.folder]) for run in same))
-            scores = {key: [found[run.folder][key] for run in same] for key in sorted(keys)}
-            groups.append(Evaluated(title(row, task, same), same, scores))
-    return groups
+    results = []
+    for group in groups_of(runs):
+        scores = defaultdict(list)
+        for run in group.runs:
+            for key, row in found[run.folder].items():
+                scores[key].append((run, row))
+        results.append(Evaluated(group, dict(sorted(scores.items()))))
+    return results
 
 
 def how(samples: int, temperature: float) -> str:
     return f"{samples} draws, τ = {temperature:g}" if samples else "mean"
 
 
-def calibration_table(groups: list[Evaluated]) -> str:
+def calibration_table(found: list[Evaluated]) -> str:
     """Markdown: mean ± standard deviation over seeds, in percent but for NLL and Brier score."""
-    lines = [
-        "|  | prediction | score | accuracy | NLL | ECE | Brier |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for group in groups:
-        metric = TASKS[group.runs[0].config["task"]].metric
-        for key, rows in group.scores.items():
+    lines = ["|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |", "| --- " * 8 + "|"]
+    for group, scores in found:
+        name = group.name.replace(f", {seeds(len(group.runs))}", "")
+        shown = (
+            (TASKS[group.task].metric, 100, 2),
+            ("accuracy", 100, 2),
+            ("nll", 1, 4),
+            ("ece", 100, 2),
+            ("brier", 1, 4),
+        )
+        for key, rows in scores.items():
             cells = []
-            for name, scale, digits in (
-                (metric, 100, 2),
-                ("accuracy", 100, 2),
-                ("nll", 1, 4),
-                ("ece", 100, 2),
-                ("brier", 1, 4),
-            ):
-                values = [scale * row[name] for row in rows if name in row]
+            for metric, scale, digits in shown:
+                values = [scale * row[metric] for _, row in rows if metric in row]
                 deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.{digits}f}{deviation}" if values else "")
-            lines.append(f"| {group.name} | {how(*key)} | {' | '.join(cells)} |")
+            lines.append(f"| {name} | {how(*key)} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def reliability(
-    confidence: np.ndarray, right: np.ndarray, bins: int = 10
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of each of metrics.calibration's bins: examples, and their mean confidence and accuracy (or NaN)."""
-    bin_of = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
-    counts = np.bincount(bin_of, minlength=bins)
-    sums = [np.bincount(bin_of, weights=values, minlength=bins) for values in (confidence, right)]
-    with np.errstate(invalid="ignore"):
-        return counts, *(total / counts for total in sums)
+def read_predictions(run: Run, split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (n, classes) and labels (n,) that belong to evaluation.json; raises UsageError."""
+    path = run.folder / "predictions.safetensors"
+    tensors, metadata = read_tensors(path)
+    rows = read_json(run.folder / "evaluation.json")["evaluations"]
+    p, labels = tensors.get(f"{split}.{key}"), tensors.get(f"{split}.labels")
+    whole = (
+        p is not None and labels is not None and labels.ndim == 1 and p.shape == (len(labels), p.shape[-1])
+    )
+    if not whole or metadata.get("evaluations") != json.dumps(rows):
+        raise UsageError(
+            f"{path} is not of the same evaluation as evaluation.json: run_glue.py --eval_only again"
+        )
+    return p.numpy(), labels.numpy()
 
 
-def reliability_figure(groups: list[Evaluated]) -> Figure:
+def reliability_figure(found: list[Evaluated]) -> Figure:
     """Accuracy against confidence, all seeds together, and how many examples are in each bin under it."""
     plt = pyplot()
-    size = (0.5 + 3.2 * len(groups), 4.4)
     figure, axes = plt.subplots(
-        2,
-        len(groups),
-        figsize=size,
-        squeeze=False,
-        sharex=True,
-        sharey="row",
-        height_ratios=(3, 1),
-        layout="constrained",
-    )
-    for group, (diagram, histogram) in zip(groups, axes.T, strict=True):
-        split = TASKS[group.runs[0].config["task"]].validation[0]
+        2, len(found), figsize=(0.5 + 3.2 * len(found), 4.4), squeeze=False, sharex=True, sharey="row",
+        height_ratios=(3, 1), layout="constrained",
+    )  # fmt: skip
+    for (group, scores), (diagram, histogram) in zip(found, axes.T, strict=True):
+        split = TASKS[group.task].validation[0]
         diagram.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
-        for i, (samples, tau) in enumerate(key for key in group.scores if key[0] == 0 or key[1] == 1):
-            together = []
-            for run in group.runs:
-                tensors, _ = read_tensors(run.folder / "predictions.safetensors")
-                labels = tensors.get(f"{split}.labels")
-                p = tensors.get(f"{split}.tau={tau:g}" if samples else f"{split}.mean")
-                if p is None or labels is None or p.ndim != 2 or len(p) != len(labels):
-                    raise UsageError(f"{run.folder}: predictions.safetensors is not of the same evaluation")
-                together.append((p.amax(1).numpy(), (p.argmax(1) == labels).numpy()))
+        for i, (samples, tau) in enumerate(key for key in scores if key[0] == 0 or key[1] == 1):
+            key = f"tau={tau:g}" if samples else "mean"
+            together = [read_predictions(run, split, key) for run, _ in scores[samples, tau]]
             counts, confidence, accuracy = reliability(*map(np.concatenate, zip(*together, strict=True)))
             diagram.plot(
                 confidence, accuracy, marker="o", markersize=3, color=f"C{i}", label=how(samples, tau)
@@ -827,29 +865,34 @@ def reliability_figure(groups: list[Evaluated]) -> Figure:
 
 
 def print_calibration(args: argparse.Namespace) -> None:
-    groups = [group for group in evaluated(args.runs) if TASKS[group.runs[0].config["task"]].labels]
-    if not groups:
+    found = [one for one in evaluated(args.runs) if TASKS[one.group.task].labels]
+    if not found:
         raise UsageError("none of these runs is of a task with classes")
-    print(calibration_table(groups))
+    print(calibration_table(found))
     if args.o:
-        save(reliability_figure(groups), args.o)
+        save(reliability_figure(found), args.o)
 
 
-def temperature_figure(groups: list[Evaluated]) -> Figure:
+def temperature_figure(found: list[Evaluated]) -> Figure:
     """[V] figure 1: error (100 − the score in percent) and NLL against τ, with their range over seeds."""
     plt = pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for i, group in enumerate(groups):
-        metric = TASKS[group.runs[0].config["task"]].metric
-        drawn = {tau: rows for (samples, tau), rows in group.scores.items() if samples}
-        drawn.setdefault(0.0, group.scores.get((0, 0.0), []))
-        taus = sorted(tau for tau, rows in drawn.items() if rows)
+    for i, (group, scores) in enumerate(found):
+        metric = TASKS[group.task].metric
+        by_tau = {tau: [row for _, row in rows] for (_, tau), rows in scores.items()}  # τ = 0 is the mean
         for axis, name in zip(axes, (metric, "nll"), strict=True):
-            if all(name in row for tau in taus for row in drawn[tau]):
-                values = np.array([[row[name] for row in drawn[tau]] for tau in taus])
-                values = 100 * (1 - values) if name == metric else values
-                axis.plot(taus, values.mean(1), marker="o", markersize=3, color=f"C{i}", label=group.name)
-                axis.fill_between(taus, values.min(1), values.max(1), alpha=0.15, color=f"C{i}", linewidth=0)
+            curve = {
+                tau: [row[name] for row in rows]
+                for tau, rows in by_tau.items()
+                if all(name in r for r in rows)
+            }
+            if name == metric:
+                curve = {tau: [100 * (1 - score) for score in values] for tau, values in curve.items()}
+            middle, low, high = (
+                [f(values) for values in curve.values()] for f in (statistics.fmean, min, max)
+            )
+            axis.plot(list(curve), middle, marker="o", markersize=3, color=f"C{i}", label=group.name)
+            axis.fill_between(list(curve), low, high, alpha=0.15, color=f"C{i}", linewidth=0)
     axes[0].set(xlabel="τ", ylabel="error: 100 − score in percent")
     axes[1].set(xlabel="τ", ylabel="NLL")
     for axis in axes:
@@ -859,22 +902,24 @@ def temperature_figure(groups: list[Evaluated]) -> Figure:
 
 
 def print_temperature(args: argparse.Namespace) -> None:
-    groups = [group for group in evaluated(args.runs) if any(samples for samples, _ in group.scores)]
-    if not groups:
+    found = [one for one in evaluated(args.runs) if any(samples for samples, _ in one.scores)]
+    if not found:
         raise UsageError("none of these runs was evaluated with --eval_samples")
-    print(calibration_table(groups))
+    print(calibration_table(found))
     if args.o:
-        save(temperature_figure(groups), args.o)
+        save(temperature_figure(found), args.o)
 
 
 # ---- main ------------------------------------------------------------------------------------------------
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(message)
+def picture(text: str) -> Path:
+    if not Path(text).name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file's name")
+    return Path(text)
 
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
@@ -901,7 +946,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         if name == "table":
             verb.add_argument("--csv", action="store_true", help="a line a cell, as CSV")
         else:
-            verb.add_argument("-o", type=Path, metavar="PICTURE", help="where to draw it (.png, .pdf, .svg)")
+            verb.add_argument(
+                "-o", type=picture, metavar="PICTURE", help="where to draw it (.png, .pdf, .svg)"
+            )
     return parser.parse_args(argv)
 
 

@@ -15,7 +15,6 @@ Exit status: 0 done; 2 a usage or input error; 3 the loss or a parameter was not
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -25,7 +24,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -43,7 +43,16 @@ from adalora import HEADS, TARGETS, SVDLinear, inject, linear_maps, orthogonalit
 from budget import CubicBudget
 from glue import LORA_IVON, TASKS, Task, check_hub, load_task, task_of
 from ivon import IVON
-from metrics import calibration, score_agreement, task_metrics
+from metrics import score_agreement
+from posterior import (
+    Split,
+    batched,
+    judge,
+    judge_probabilities,
+    predict,
+    predict_from_posterior,
+    write_submission,
+)
 from scores import SCORES
 from vilora import RankAllocator
 
@@ -69,11 +78,25 @@ GROUP = 50  # batches that --group_by_length sorts together
 # are not given.
 EVAL_ONLY_FLAGS = ("eval_only", "split", "predict", "probabilities")
 EVAL_FLAGS = ("seed", "model", "data_dir", "eval_batch_size", "device", "output_dir")
+LEFT_BEHIND = (
+    "results.json",
+    "metrics.jsonl",
+    "score_agreement.jsonl",
+    "evaluation.json",
+    "predictions.safetensors",
+)
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
 class UsageError(Exception):
     """Something the user can mend: one line on stderr, exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong as a UsageError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
 
 
 class NotFinite(Exception):
@@ -85,11 +108,6 @@ class NotFinite(Exception):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line, with whatever the task's settings say where a flag was not given."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:
-            raise UsageError(message)
-
     raw = argparse.RawDescriptionHelpFormatter
     parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     scores = "; ".join(f"{name}: {score.about}" for name, score in SCORES.items())
@@ -116,9 +134,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--eval_every", type=whole(1), help="updates")
     add("--eval_batch_size", type=whole(1), default=128, help="(128)")
     add("--mc_samples", type=whole(1), help="IVON's draws in an update (1)")
-    add("--ess", type=number(above=0), help="IVON's effective sample size (number of training examples)")
-    add("--hess_init", type=number(above=0), help="IVON's h0 (1)")
-    add("--beta2", type=number(0, below=1), help="IVON's (0.99999)")
+    add("--ess", type=number(above=0), help="IVON's effective sample size (training examples; LoRA 1e10)")
+    add("--hess_init", type=number(above=0), help="IVON's h0 (1; LoRA 1e-4)")
+    add("--beta2", type=number(0, below=1), help="IVON's (0.99999; LoRA 0.999)")
     add("--clip_radius", type=number(above=0), help="IVON's ξ (0.001)")
     add("--orth", type=number(0), help="γ, weight of the orthogonality penalty")
     add("--squared_orth", action="store_true", help="the penalty as the paper writes it, a sum of squares")
@@ -187,7 +205,7 @@ def check_evaluation(args: argparse.Namespace, given: set[str]) -> None:
     """What has to do with evaluation alone, from the names of the flags given; raises UsageError."""
     if args.eval_only is None:
         for name in EVAL_ONLY_FLAGS:
-            if getattr(args, name):
+            if getattr(args, name) not in (None, False):
                 raise UsageError(f"--{name} is for a finished run: give --eval_only RUN, or leave it out")
         if len(args.temperature or ()) > 1:
             raise UsageError("training evaluates at one --temperature; --eval_only takes several")
@@ -197,6 +215,8 @@ def check_evaluation(args: argparse.Namespace, given: set[str]) -> None:
         raise UsageError("--probabilities go beside predictions: give --predict FILE, or leave it out")
     elif args.predict and len(args.temperature or ()) > 1:
         raise UsageError("--predict is for one --temperature")
+    elif args.predict and args.output_dir:
+        raise UsageError("--predict FILE says where to write: leave --output_dir out")
     if args.temperature and not args.eval_samples:
         raise UsageError("--temperature is of posterior draws: give --eval_samples N, or leave it out")
     args.temperature = args.temperature or [1.0]
@@ -274,6 +294,9 @@ def plan(args: argparse.Namespace, task: Task, train_size: int, modules: int) ->
     two_phases = ivon and args.lr is None
     args.first_lr = settings.first_lr if two_phases else 0.0
     args.first_steps = scaled(settings.first_steps) if two_phases else 0
+    if ivon and args.method == "lora" and args.hess_init and args.lr is None:
+        # No setting is published; the largest step, lr·h0·ξ, is then AdamW's.
+        args.lr = float(f"{settings.lr_adamw / (args.hess_init * args.clip_radius):.6g}")
     args.lr = args.lr or (settings.lr_ivon if ivon else settings.lr_adamw)
     args.ess = args.ess or (float(train_size) if ivon else None)
     args.epochs = args.total_steps / per_epoch
@@ -377,85 +400,20 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels)
 
 
-class Split(NamedTuple):
-    """Examples to predict: batches of like length, where in them each example is, and the labels (n,)."""
-
-    batches: list[transformers.BatchEncoding]
-    position: Tensor
-    labels: Tensor
-
-
-def batched(
-    features: list[dict], labels: Tensor, collate: transformers.DataCollatorWithPadding, size: int
-) -> Split:
-    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
-    batches = [collate([features[i] for i in order[j : j + size]]) for j in range(0, len(order), size)]
-    return Split(batches, torch.tensor(order).argsort(), labels)
-
-
-@torch.inference_mode()
-def predict(model: transformers.PreTrainedModel, split: Split) -> Tensor:
-    """What the model says of each example, in float64: probabilities (n, classes), or numbers (n,)."""
-    training = model.training
-    model.eval()
-    logits = [model(**batch.to(model.device)).logits for batch in split.batches]
-    model.train(training)
-    logits = torch.cat(logits)[split.position.to(model.device)].cpu().double()
-    return logits.squeeze(-1) if split.labels.is_floating_point() else logits.softmax(-1)
-
-
-@contextmanager
-def drawn(
-    model: nn.Module, sigma: Mapping[str, Tensor], temperature: float, generator: torch.Generator
-) -> Iterator[None]:
-    """For the length of the block the parameters that have a σ are a draw from N(m, diag(τσ²)).
-
-    Afterwards they are exactly m again. The generator is on the CPU: it draws the same for any device.
-    """
-    parameters = {name: p for name, p in model.named_parameters() if name in sigma}
-    means = {name: p.detach().clone() for name, p in parameters.items()}
-    try:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                noise = torch.randn(p.shape, generator=generator).to(p.device)
-                p += math.sqrt(temperature) * sigma[name] * noise
-        yield
-    finally:
-        with torch.no_grad():
-            for name, p in parameters.items():
-                p.copy_(means[name])
-
-
-def predict_from_posterior(
-    model: transformers.PreTrainedModel,
-    split: Split,
-    sigma: Mapping[str, Tensor],
-    samples: int,
-    temperature: float,
-    seed: int,
-) -> Tensor:
-    """`predict`, averaged over draws of the parameters: of probabilities, not of logits. Source: [V].
-
-    At temperature 0 every draw is the mean, and one does.
-    """
-    generator, total = torch.Generator().manual_seed(seed), 0
-    samples = samples if temperature else 1
-    for _ in range(samples):
-        with drawn(model, sigma, temperature, generator):
-            total = total + predict(model, split)
-    return total / samples
-
-
-def judge(task: str, predictions: Tensor, labels: Tensor) -> dict[str, float]:
-    """The task's metrics of what `predict` gave."""
-    classes = predictions.argmax(-1) if predictions.ndim == 2 else predictions
-    return task_metrics(task, classes.numpy(), labels.numpy())
-
-
-def judge_probabilities(task: str, predictions: Tensor, labels: Tensor) -> dict[str, float]:
-    """`judge`, and for a task with classes accuracy, NLL, ECE and Brier score."""
-    scores = judge(task, predictions, labels)
-    return scores | calibration(predictions.numpy(), labels.numpy()) if predictions.ndim == 2 else scores
+def evaluation_splits(
+    dataset: Mapping[str, Mapping[str, list]],
+    names: Iterable[str],
+    task: Task,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    args: argparse.Namespace,
+) -> dict[str, Split]:
+    collate = transformers.DataCollatorWithPadding(tokenizer)
+    return {
+        name: batched(
+            *tokenize(dataset[name], task, tokenizer, args.max_length), collate, args.eval_batch_size
+        )
+        for name in names
+    }
 
 
 def evaluate(
@@ -485,7 +443,7 @@ def evaluate(
 def write_json(path: Path, content: dict) -> None:
     """All of it or nothing: written beside and renamed."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=2) + "\n")
+    beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
     os.replace(beside, path)
 
 
@@ -546,16 +504,25 @@ def save_adapter(
 ) -> None:
     """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if there is one."""
     folder.mkdir(exist_ok=True)
-    scaling = {"scaling": str(common_scaling(layers))}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for file, tensors in {"adapter": trained, "posterior": sigma}.items():
         if tensors:
-            write_tensors(folder / f"{file}.safetensors", tensors, scaling)
+            metadata = {"scaling": str(common_scaling(layers))}
+            write_tensors(folder / f"{file}.safetensors", tensors, metadata)
 
 
 def common_scaling(layers: Mapping[str, nn.Module]) -> float:
     """s, the same for all adapters; 1 where there are none."""
     return next((layer.scaling for layer in layers.values()), 1.0)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A checksum of the frozen weights; an adapter fits no others."""
+    checksum = 0
+    for p in model.parameters():
+        if not p.requires_grad:
+            checksum = zlib.crc32(p.detach().cpu().contiguous().numpy(), checksum)
+    return f"{checksum:08x}"
 
 
 def load_adapter(folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -658,9 +625,10 @@ class Prepared(NamedTuple):
     model: transformers.PreTrainedModel  # on its device
     layers: dict[str, nn.Module]  # adapters by name
     head: set[nn.Parameter]
+    encoder: str  # fingerprint of what is frozen
 
 
-def prepare(args: argparse.Namespace, task: Task, splits: Collection[str] | None = None) -> Prepared:
+def prepare(args: argparse.Namespace, task: Task, splits: Collection[str]) -> Prepared:
     """Load data and model, inject adapters: the encoder is frozen, or in full fine-tuning nothing is."""
     try:
         device = torch.device(args.device)
@@ -697,7 +665,8 @@ def prepare(args: argparse.Namespace, task: Task, splits: Collection[str] | None
     )
     if args.max_length > longest:
         raise UsageError(f"--max_length {args.max_length} is above the model's {longest} tokens")
-    return Prepared(dataset, tokenizer, model.to(device), layers, head)
+    encoder = fingerprint(model)
+    return Prepared(dataset, tokenizer, model.to(device), layers, head, encoder)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -705,19 +674,14 @@ def run(args: argparse.Namespace) -> None:
     task = task_of(args.task, args.method, args.demo)
     if (args.output_dir / "results.json").exists() and not args.overwrite:
         raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
-    dataset, tokenizer, model, layers, head = prepare(args, task)
+    dataset, tokenizer, model, layers, head, encoder = prepare(args, task, ("train", *task.validation))
     model.train()
     device = model.device
     collate = transformers.DataCollatorWithPadding(tokenizer)
     features, labels = tokenize(dataset["train"], task, tokenizer, args.max_length)
     labels = labels.to(device)
     lengths = torch.tensor([len(example["input_ids"]) for example in features])
-    validation = {
-        split: batched(
-            *tokenize(dataset[split], task, tokenizer, args.max_length), collate, args.eval_batch_size
-        )
-        for split in task.validation
-    }
+    validation = evaluation_splits(dataset, task.validation, task, tokenizer, args)
 
     # Optimize: the learning rate is set before each update.
     budget = plan(args, task, len(features), len(layers))
@@ -735,12 +699,12 @@ def run(args: argparse.Namespace) -> None:
     folder = args.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("results.json", "metrics.jsonl", "score_agreement.jsonl"):
+        for name in LEFT_BEHIND:
             (folder / name).unlink(missing_ok=True)
         shutil.rmtree(folder / "adapter", ignore_errors=True)
         settings = {name: value for name, value in vars(args).items() if name not in EVAL_ONLY_FLAGS}
         settings |= {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(folder)}
-        write_json(folder / "config.json", settings | provenance(device))
+        write_json(folder / "config.json", settings | {"encoder": encoder} | provenance(device))
         journal = (folder / "metrics.jsonl").open("w", buffering=1)
     except OSError as error:
         raise UsageError(f"--output_dir {folder} cannot be written to: {error.strerror}") from None
@@ -792,7 +756,11 @@ def run(args: argparse.Namespace) -> None:
             last = {"step": t}
             sigma = posterior(model, layers, optimizer)
             with compact(layers):
-                for split, scores in evaluate(model, validation, args, sigma).items():
+                try:
+                    evaluated = evaluate(model, validation, args, sigma)
+                except FloatingPointError as error:
+                    raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
+                for split, scores in evaluated.items():
                     journal.write(json.dumps({"step": t, "split": split, **scores}) + "\n")
                     ending = "" if split == task.validation[0] else "_" + split.removeprefix("validation_")
                     last |= {metric + ending: score for metric, score in scores.items()}
@@ -838,14 +806,16 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
         given |= {name: config[name] for name in ("model", "data_dir", "seed", "eval_batch_size")}
         if config["demo"]:
             given |= {"model": HERE / "demo/model", "data_dir": HERE / "demo"}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UsageError(f"--eval_only {args.eval_only}: {path} is not a run's ({error!r})") from None
     given |= {name: getattr(args, name) for name in EVAL_FLAGS if getattr(args, name) is not None}
     argv = []
     for name, value in given.items():
         if value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    return parse_args(argv)
+    settings = parse_args(argv)
+    settings.encoder = config.get("encoder")
+    return settings
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
@@ -853,76 +823,88 @@ def evaluate_run(args: argparse.Namespace) -> None:
     settings, folder = run_settings(args), args.output_dir or args.eval_only
     task = TASKS[settings.task]
     tests = [split for split in task.splits if split.startswith("test")]
-    splits = [args.split] if args.split else tests[:1] if args.predict else list(task.validation)
-    if splits[0] not in task.splits:
-        raise UsageError(f"--split {splits[0]}: {settings.task} has {', '.join(task.splits)}")
+    names = tests[:1] if args.predict else list(task.validation)
+    names = names if args.split is None else [args.split]
+    if names[0] not in task.splits:
+        raise UsageError(f"--split {names[0]}: {settings.task} has {', '.join(task.splits)}")
+    if not (args.eval_only / "results.json").exists():
+        raise UsageError(f"--eval_only {args.eval_only}: the run is not finished, it has no results.json")
     if args.eval_samples and not (args.eval_only / "adapter/posterior.safetensors").exists():
         raise UsageError(
             f"--eval_samples needs a posterior, and {args.eval_only} has none: IVON's runs have one"
         )
     if args.probabilities and not task.labels:
         raise UsageError(f"--probabilities: {settings.task} has no classes")
-    target = args.predict or folder / "evaluation.json"
-    there = next(parent for parent in target.absolute().parents if parent.exists() or args.predict)
-    if not (there.is_dir() and os.access(there, os.W_OK)) or target.is_dir():
-        raise UsageError(f"{target} cannot be written")
-    dataset, tokenizer, model, layers, _ = prepare(settings, task, splits)
+    if folder.resolve() != args.eval_only.resolve() and (folder / "config.json").exists():
+        raise UsageError(f"--output_dir {folder} is another run's: give a folder of its own")
+    check_writable([args.predict] if args.predict else [folder / name for name in LEFT_BEHIND[-2:]])
+
+    dataset, tokenizer, model, layers, _, encoder = prepare(settings, task, names)
+    if settings.encoder not in (None, encoder):
+        raise UsageError(f"--model {settings.model} has other weights than the encoder of {args.eval_only}")
     sigma = load_adapter(args.eval_only / "adapter", model, layers)
-    collate = transformers.DataCollatorWithPadding(tokenizer)
-    loaded = {
-        split: batched(
-            *tokenize(dataset[split], task, tokenizer, settings.max_length), collate, settings.eval_batch_size
-        )
-        for split in splits
-    }
-    taus = args.temperature if args.eval_samples else []
+    splits = evaluation_splits(dataset, names, task, tokenizer, settings)
+    draws = [(args.eval_samples, tau) for tau in args.temperature] if args.eval_samples else []
+
+    def predictions_of(split: Split, samples: int, tau: float) -> Tensor:
+        try:
+            if samples:
+                return predict_from_posterior(model, split, sigma, samples, tau, settings.seed)
+            return predict(model, split)
+        except FloatingPointError as error:
+            raise UsageError(f"{error} ({f'--temperature {tau:g}' if samples else 'at the mean'})") from None
+
     if args.predict:
-        (split,) = loaded.values()
-        predictions = predict(model, split)
-        if taus:
-            predictions = predict_from_posterior(model, split, sigma, args.eval_samples, *taus, settings.seed)
-        write_predictions(args.predict, task, dataset[splits[0]]["idx"], predictions, args.probabilities)
+        predictions = predictions_of(splits[names[0]], *(draws or [(0, 0.0)])[0])
+        columns = task.labels if args.probabilities else ()
+        index = dataset[names[0]]["idx"]
+        write_submission(args.predict.resolve(), index, predictions, task.file_labels, columns)
         print(f"predictions of {len(predictions)} examples in {args.predict}")
         return
+    where = {
+        "model": settings.model,
+        "data_dir": settings.data_dir and str(settings.data_dir),
+        "seed": settings.seed,
+    }
     rows, saved = [], {}
-    for name, split in loaded.items():
+    for name, split in splits.items():
         if (split.labels < 0).any():
             raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
         saved[f"{name}.labels"] = split.labels
-        for samples, tau in [(0, 0.0), *((args.eval_samples, tau) for tau in taus)]:
+        for samples, tau in [(0, 0.0), *draws]:
             began = time.perf_counter()
-            if samples:
-                predictions = predict_from_posterior(model, split, sigma, samples, tau, settings.seed)
-            else:
-                predictions = predict(model, split)
+            predictions = predictions_of(split, samples, tau)
             seconds = time.perf_counter() - began
             judged = judge_probabilities(settings.task, predictions, split.labels)
             how = f"tau={tau:g}" if samples else "mean"
             saved[f"{name}.{how}"] = predictions
-            rows.append({"split": name, "samples": samples, "temperature": tau, **judged, "seconds": seconds})
+            row = {"split": name, "samples": samples, "temperature": tau, **judged, "seconds": seconds}
+            rows.append(row | where)
             numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
             print(f"{name} {how}:  {numbers}  ({seconds:.2f} s)", flush=True)
+    record_evaluation(folder, rows, saved)
+
+
+def check_writable(paths: list[Path]) -> None:
+    """Raise UsageError unless a regular file can be written at each path, or its folder be made."""
+    for path in paths:
+        there = next(parent for parent in path.absolute().parents if parent.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)) or (path.exists() and not path.is_file()):
+            raise UsageError(f"{path} cannot be written")
+
+
+def record_evaluation(folder: Path, rows: list[dict], predictions: dict[str, Tensor]) -> None:
+    """evaluation.json and predictions.safetensors; what they hold of other splits stays."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "predictions.safetensors", saved)
-    described = {"run": str(args.eval_only), "seed": settings.seed, "data_dir": str(settings.data_dir)}
-    write_json(folder / "evaluation.json", described | {"evaluations": rows})
-
-
-def write_predictions(
-    path: Path, task: Task, index: list[int], predictions: Tensor, probabilities: bool
-) -> None:
-    """A file as GLUE's leaderboard takes it, with the labels its own files have; all of it or nothing."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["index", "prediction", *(task.labels if probabilities else ())])
-        for i, prediction in zip(index, predictions.tolist(), strict=True):
-            if task.labels:
-                label = task.file_labels[max(range(len(prediction)), key=prediction.__getitem__)]
-                writer.writerow([i, label, *(prediction if probabilities else ())])
-            else:
-                writer.writerow([i, prediction])
-    os.replace(beside, path)
+    evaluation, tensors = folder / "evaluation.json", folder / "predictions.safetensors"
+    if evaluation.exists() and tensors.exists():
+        now = {row["split"] for row in rows}
+        before = json.loads(evaluation.read_text())["evaluations"]
+        rows = [row for row in before if row["split"] not in now] + rows
+        old = read_tensors(tensors)[0]
+        predictions = {name: t for name, t in old.items() if name.split(".")[0] not in now} | predictions
+    write_tensors(tensors, predictions, {"evaluations": json.dumps(rows)})  # so that they can be told apart
+    write_json(evaluation, {"evaluations": rows})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -942,6 +924,9 @@ def main(argv: list[str] | None = None) -> int:
     except NotFinite as error:
         print(f"run_glue.py: stopped: {error}", file=sys.stderr)
         return 3
+    except OSError as error:
+        print(f"run_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("run_glue.py: interrupted", file=sys.stderr)
         return 130

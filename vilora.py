@@ -41,7 +41,7 @@ class RankAllocator:
         beta1, beta2: of the smoothed sensitivity.
         track: before each allocation append to `tracked` its "step" and "budget", "scores" (name → every
             triplet's score, (n,)) for each score in SCORES that can be had here, and "sigma_cv", the
-            coefficient of variation of σ over all entries of P, λ and Q (None without a posterior). The
+            coefficient of variation of σ over all entries of P, λ and Q (None if there are none). The
             tensors stay on their device; whoever reads them empties the list.
 
     Raises ValueError for an unknown score, one that cannot be had, or a budget above the number of triplets.
@@ -160,7 +160,7 @@ class RankAllocator:
 
     def _sigma_variation(self) -> Tensor | None:
         """Standard deviation of σ over its mean, over all entries of the adapters: a scalar."""
-        if not hasattr(self.optimizer, "sigma"):
+        if not hasattr(self.optimizer, "sigma") or not sum(self._sizes()):
             return None
         params = [getattr(layer, part) for layer in self.layers.values() for part in PARTS]
         sigma = torch.cat([sigma.flatten() for sigma in self._sigmas(params)])

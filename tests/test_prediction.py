@@ -17,7 +17,8 @@ from transformers import BertConfig, BertModel
 
 from glue import TASKS, load_task
 from metrics import calibration
-from run_glue import Split, drawn, judge_probabilities, main, predict, predict_from_posterior
+from posterior import Split, drawn, judge_probabilities, predict, predict_from_posterior, write_submission
+from run_glue import main
 
 SHORT = ["--max_steps", "16", "--eval_every", "8", "--batch_size", "8", "--max_length", "16"]
 
@@ -38,18 +39,13 @@ class Linear(nn.Module):
         return Namespace(logits=torch.stack([0 * z, z], dim=-1) if self.classes else z.unsqueeze(-1))
 
 
-class Batch(dict):
-    def to(self, device: torch.device) -> "Batch":
-        return self
-
-
 X = torch.tensor([[1.0, 0.5], [-2.0, 1.0], [0.1, 3.0], [0.0, 0.0]])
 M, SIGMA = [0.7, -0.4], {"w": torch.tensor([0.9, 0.3])}
 
 
 def linear(classes: bool) -> tuple[Linear, Split]:
     labels = torch.tensor([1, 0, 0, 1]) if classes else torch.tensor([1.0, 0.0, 0.5, 0.0])
-    return Linear(M, classes), Split([Batch(x=X[:3]), Batch(x=X[3:])], torch.arange(4), labels)
+    return Linear(M, classes), Split([{"x": X[:3]}, {"x": X[3:]}], torch.arange(4), labels)
 
 
 # --- the average --------------------------------------------------------------------------------------------
@@ -160,6 +156,7 @@ def results(run: Path) -> dict:
 def evaluations(folder: Path) -> list[dict]:
     rows = json.loads((folder / "evaluation.json").read_text())["evaluations"]
     assert all(row.pop("seconds") > 0 for row in rows)
+    assert all(row.pop(key) is not None for row in rows for key in ("model", "data_dir", "seed"))
     return rows
 
 
@@ -255,6 +252,46 @@ def test_any_split_of_any_folder_with_labels_can_be_evaluated(bert: Path, tmp_pa
     assert saved["train.mean"].shape == (40, 2)
 
 
+def test_another_split_is_added_to_the_evaluation_and_the_same_one_replaced(bert: Path, tmp_path: Path):
+    run = train(bert, tmp_path)
+    for split in (["validation"], ["train"], ["validation", "--eval_samples", "2"]):
+        assert main(["--eval_only", str(run), "--split", *split]) == 0
+    assert [(row["split"], row["samples"]) for row in evaluations(run)] == [
+        ("train", 0),
+        ("validation", 0),
+        ("validation", 2),
+    ]
+    assert set(load_file(run / "predictions.safetensors")) == {
+        "train.labels", "train.mean", "validation.labels", "validation.mean", "validation.tau=1"
+    }  # fmt: skip
+
+
+def test_a_test_file_with_labels_can_be_evaluated(bert: Path, tmp_path: Path):
+    run = train(bert, tmp_path, task="rte")
+    dev = (tmp_path / "glue/RTE/dev.tsv").read_text()
+    (tmp_path / "glue/RTE/test.tsv").write_text(dev)
+    for split in ("validation", "test"):
+        assert main(["--eval_only", str(run), "--split", split]) == 0
+    validation, test = evaluations(run)
+    assert {**test, "split": "validation"} == validation
+
+
+def test_a_submission_has_the_files_own_numbers(bert: Path, tmp_path: Path):
+    run = train(bert, tmp_path)
+    (tmp_path / "glue/CoLA/test.tsv").write_text("index\tsentence\n7\tthe cat sees\n9\tthe old man\n")
+    assert main(["--eval_only", str(run), "--predict", str(tmp_path / "x.tsv")]) == 0
+    assert [line.split("\t")[0] for line in (tmp_path / "x.tsv").read_text().splitlines()] == [
+        "index",
+        "7",
+        "9",
+    ]
+
+
+def test_numbers_are_cut_to_the_scale_of_stsb(tmp_path: Path):
+    write_submission(tmp_path / "x.tsv", [0, 1, 2], torch.tensor([-0.5, 2.25, 5.5]), ())
+    assert (tmp_path / "x.tsv").read_text() == "index\tprediction\n0\t0.0\n1\t2.25\n2\t5.0\n"
+
+
 def test_a_seed_of_its_own_draws_otherwise(bert: Path, tmp_path: Path):
     run, found = train(bert, tmp_path), []
     for seed in ("2021", "2021", "5"):
@@ -329,10 +366,10 @@ def trained(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(bert, root, "--optimizer", "adamw", name="adamw")
     train(bert, root, "--method", "lora", name="lora")
     train(bert, root, task="stsb", name="stsb")
-    config = BertConfig.from_pretrained(bert, hidden_size=24)
-    BertModel(config).save_pretrained(root / "wide")
-    for name in ("vocab.txt", "tokenizer_config.json"):
-        shutil.copy(bert / name, root / "wide")
+    for folder, width in (("wide", 24), ("other", 16)):
+        BertModel(BertConfig.from_pretrained(bert, hidden_size=width)).save_pretrained(root / folder)
+        for name in ("vocab.txt", "tokenizer_config.json"):
+            shutil.copy(bert / name, root / folder)
     write_tests(root / "glue", "cola")
     return root
 
@@ -381,7 +418,19 @@ REFUSED = {
     "no folder for predictions": (["--eval_only", "{ivon}", "--predict", "{ivon}/no/x"], "no/x"),
     "no folder for evaluations": (["--eval_only", "{ivon}", "--output_dir", "{ivon}/config.json"], "config"),
     "another model": (["--eval_only", "{ivon}", "--model", "{deberta}"], "no linear map"),
-    "a model of another size": (["--eval_only", "{ivon}", "--model", "{wide}"], "does not fit"),
+    "a model of another size": (["--eval_only", "{ivon}", "--model", "{wide}"], "other weights"),
+    "a model of other weights": (["--eval_only", "{ivon}", "--model", "{other}"], "other weights"),
+    "another run's folder": (["--eval_only", "{ivon}", "--output_dir", "{adamw}"], "another run"),
+    "a folder beside a file": (
+        ["--eval_only", "{ivon}", "--predict", "x", "--output_dir", "."],
+        "--output_dir",
+    ),
+    "a device for predictions": (["--eval_only", "{ivon}", "--predict", "/dev/null"], "/dev/null"),
+    "no name of a split": (["--eval_only", "{ivon}", "--split", ""], "--split"),
+    "a temperature beyond numbers": (
+        ["--eval_only", "{ivon}", "--eval_samples", "2", "--temperature", "1e300"],
+        "--temperature 1e+300",
+    ),
     "a model that is gone": (["--eval_only", "{ivon}", "--model", "./gone"], "./gone"),
 }
 
@@ -391,7 +440,7 @@ def test_bad_input_is_refused_in_one_line_with_status_2_and_nothing_written(
     case: str, trained: Path, deberta: Path, tmp_path: Path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
-    names = {name: str(trained / name) for name in ("ivon", "adamw", "stsb", "wide")} | {
+    names = {name: str(trained / name) for name in ("ivon", "adamw", "stsb", "wide", "other")} | {
         "deberta": str(deberta)
     }
     argv, named = REFUSED[case]
@@ -399,6 +448,20 @@ def test_bad_input_is_refused_in_one_line_with_status_2_and_nothing_written(
     assert named in refused([word.format(**names) for word in argv], capsys)
     assert {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()} == before
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unfinished_run_is_not_evaluated(copied: Path, capsys):
+    (copied / "ivon/results.json").unlink()
+    assert "not finished" in refused(["--eval_only", str(copied / "ivon")], capsys)
+
+
+def test_a_new_run_leaves_nothing_of_the_evaluation_of_the_old_one(copied: Path, bert: Path):
+    run = copied / "ivon"
+    assert main(["--eval_only", str(run)]) == 0
+    assert (run / "evaluation.json").exists()
+    train(bert, copied, "--overwrite", name="ivon")
+    assert not (run / "evaluation.json").exists()
+    assert not (run / "predictions.safetensors").exists()
 
 
 @pytest.mark.parametrize("file", ["adapter.safetensors", "posterior.safetensors"])

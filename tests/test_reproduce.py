@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import reproduce
 from glue import TASKS
-from metrics import calibration
+from metrics import calibration, reliability
 from reproduce import SEEDS, averages, is_the_papers, main, resolved
 from run_glue import HERE, parse_args
 
@@ -131,6 +131,27 @@ def test_a_runs_folder_that_is_not_there_yet_leaves_the_whole_grid(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_finished_grid_leaves_nothing_and_every_command_is_there_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    which = ("commands", "--tasks", "rte", "--seeds", 1, 1, "--ranks", 2, "--methods", "lora")
+    out, _ = output(capsys, *which)
+    (line,) = out.splitlines()
+    write_run(tmp_path / "x", shlex.split(line)[2:], 0.8)
+    assert output(capsys, *which, "--missing", tmp_path) == ("", "")
+
+
+def test_finished_runs_on_other_maps_do_not_count(tmp_path: Path, capsys: pytest.CaptureFixture):
+    which = ("commands", "--tasks", "rte", "--seeds", 1, "--ranks", 2, "--methods", "lora")
+    lora = ["--task", "rte", "--method", "lora", "--optimizer", "adamw", "--target_rank", "2", "--seed", "1"]
+    write_run(tmp_path / "rte-lora-adamw-r2-s1", lora, 0.8, targets=["query_proj"])
+    assert output(capsys, *which, "--missing", tmp_path)[0] == ""
+    out, _ = output(capsys, *which, "--missing", tmp_path, "--", "--targets", "query_proj", "key_proj")
+    assert (
+        parse_args(shlex.split(out)[2:]).output_dir == tmp_path / "rte-lora-adamw-r2-s1-2"
+    )  # the other's is taken
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -139,7 +160,10 @@ def test_a_runs_folder_that_is_not_there_yet_leaves_the_whole_grid(
         ["--ranks", "x"],
         ["--methods", "ia3"],
         ["--ranks", "0.5"],  # LoRA has no half rank
-        ["--", "--score", "nonsense"],
+        ["--", "--score", "mu"],
+        ["--", "--seed=5"],
+        ["--", "--output_dir", "x"],
+        ["--", "--lr", "fast"],
         ["--", "--epochs"],
     ],
 )
@@ -363,6 +387,10 @@ def test_results_that_make_no_sense_are_skipped_by_name(
         {"target_rank": {}},
         {"seed": None},
         {"method": 3},
+        {"max_length": [64]},
+        {"eval_every": {}},
+        {"target_rank": "2"},
+        {"budget": 3},
     ],
 )
 def test_settings_that_make_no_sense_are_skipped_by_name(
@@ -480,10 +508,45 @@ def test_the_curves_are_the_mean_over_seeds_with_their_range_and_the_budget_unde
     assert (tmp_path / "curves.png").stat().st_size > 5000
 
 
+def test_a_demo_run_is_never_averaged_with_another(tmp_path: Path, capsys: pytest.CaptureFixture):
+    demo = ["--demo", "--seed", "1"]
+    write_run(tmp_path / "a", demo, 0.5)
+    like_it = {**resolved(demo), "demo": False, "seed": 2}
+    write_run(tmp_path / "b", ["--demo", "--seed", "2"], 0.5, **like_it)
+    out, _ = output(capsys, "ranks", tmp_path)
+    assert sum("1 seed" in line for line in out.splitlines()) == 2
+
+
+def test_encoders_of_one_name_and_other_weights_are_never_averaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    for seed, encoder in ((1, "aa"), (2, "aa"), (3, "bb"), (4, None)):
+        write_run(tmp_path / f"{seed}", ["--task", "cola", *SMALL, "--seed", str(seed)], 0.5, encoder=encoder)
+    out, _ = output(capsys, "table", tmp_path)
+    assert [row for label, row in cells(out).items() if label] == [["50.00 ± 0.00 (3)"], ["50.00 (1)"]]
+    assert "(encoder bb)" in out
+
+
+def test_two_models_have_two_names_in_a_figure(tmp_path: Path):
+    for model in ("one", "two"):
+        folder = write_run(tmp_path / model, ["--task", "cola", "--model", model, "--max_steps", "100"], 0.5)
+        pairs = {"mu/snr": 0.5}
+        line = {"step": 1, "budget": 8, "sigma_cv": 0.1, "spearman": pairs, "jaccard": pairs}
+        (folder / "score_agreement.jsonl").write_text(json.dumps(line) + "\n")
+    found = reproduce.agreements(reproduce.find_runs([tmp_path]))
+    assert [name.split(", ")[-1] for name in found] == ["one", "two"]
+    assert {one.chance for one in found.values()} == {0.5}  # 8 of 12: 8/(24 − 8)
+
+
 def test_a_half_written_journal_is_skipped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture):
     folder = write_run(tmp_path / "run", ["--task", "cola", *SMALL], 0.5)
     for verb, name in (("curves", "metrics.jsonl"), ("agreement", "score_agreement.jsonl")):
-        for content in (None, "", '{"step": 1}\n{"st', "[1]\n", '{"loss": 3}\n'):
+        odd = (
+            '{"step": 1, "split": "validation"}\n',
+            '{"step": 1, "budget": null, "spearman": 3}\n',
+            "[" * 9999,
+        )
+        for content in (None, "", '{"step": 1}\n{"st', "[1]\n", '{"loss": 3}\n', *odd):
             if content is not None:
                 (folder / name).write_text(content)
             _, err = output(capsys, verb, tmp_path, "-o", tmp_path / "x.png", status=2)
@@ -520,6 +583,7 @@ def test_agreement_is_averaged_over_allocations_and_seeds(tmp_path: Path, capsys
         ["lambda", "0.500", "1.000"],
     ]
     assert "coefficient of variation of σ at the last allocation: 1.4" in out
+    assert "nothing in common: 0.500" in out
     assert (tmp_path / "agreement.png").read_bytes().startswith(b"\x89PNG")
     figure = reproduce.agreement_figure({name: found})
     shown = figure.axes[0].images[0].get_array()
@@ -527,7 +591,7 @@ def test_agreement_is_averaged_over_allocations_and_seeds(tmp_path: Path, capsys
     assert shown[1, 0] == 0.25  # Jaccard below it
 
 
-@pytest.mark.parametrize("target", ["absent/ranks.png", "ranks.docx", "."])
+@pytest.mark.parametrize("target", ["absent/ranks.png", "ranks.docx", "runs"])
 def test_a_picture_that_cannot_be_written_is_an_error_in_one_line(
     target: str, patterns: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -536,6 +600,13 @@ def test_a_picture_that_cannot_be_written_is_an_error_in_one_line(
     assert err.startswith("reproduce.py: error: ")
     assert err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("target", ["", ".", "/dev/null"])
+def test_a_picture_needs_a_files_name(target: str, patterns: Path, capsys: pytest.CaptureFixture):
+    _, err = output(capsys, "ranks", patterns, "-o", target, status=2)
+    assert err.count("\n") == 1
+    assert Path("/dev/null").is_char_device()
 
 
 def test_without_matplotlib_tables_work_and_pictures_say_what_is_missing(patterns: Path, tmp_path: Path):
@@ -557,16 +628,18 @@ def test_without_matplotlib_tables_work_and_pictures_say_what_is_missing(pattern
 
 def evaluate(folder: Path, nll: dict[tuple[int, float], float], p: dict[str, list] | None = None) -> None:
     """What --eval_only leaves."""
+    where = {"model": "tiny", "data_dir": None, "seed": 1, "seconds": 2.5}
     rows = [
         {"split": "validation", "samples": n, "temperature": tau, "matthews_correlation": 0.5}
         | {"accuracy": 0.75, "nll": value, "ece": 0.1, "brier": 0.4}
+        | where
         for (n, tau), value in nll.items()
     ]
-    other = [rows[0] | {"split": "train", "nll": 99.0}]
-    (folder / "evaluation.json").write_text(json.dumps({"evaluations": other + rows}))
+    rows = [rows[0] | {"split": "train", "nll": 99.0}, *rows]
+    (folder / "evaluation.json").write_text(json.dumps({"evaluations": rows}))
     if p:
         tensors = {f"validation.{name}": torch.tensor(values) for name, values in p.items()}
-        save_file(tensors, folder / "predictions.safetensors")
+        save_file(tensors, folder / "predictions.safetensors", metadata={"evaluations": json.dumps(rows)})
 
 
 P = {"labels": [1, 0, 1], "mean": [[0.35, 0.65], [0.05, 0.95], [0.38, 0.62]], "tau=1": [[0.5, 0.5]] * 3}
@@ -586,12 +659,12 @@ def test_the_calibration_table_has_means_and_deviations_of_mean_and_draws(
 ):
     out, _ = output(capsys, "calibration", evaluations)
     lines = [line.strip("| ").split(" | ") for line in out.splitlines()]
-    assert lines[0][-6:] == ["prediction", "score", "accuracy", "NLL", "ECE", "Brier"]
-    name = "CoLA, AdaLoRA IVON mu r=2, 2 seeds"
+    assert lines[0][-7:] == ["prediction", "seeds", "score", "accuracy", "NLL", "ECE", "Brier"]
+    name = "CoLA, AdaLoRA IVON mu r=2"
     same = ["50.00 ± 0.00", "75.00 ± 0.00"], ["10.00 ± 0.00", "0.4000 ± 0.0000"]
     # Two numbers 0.2 apart: their deviation is 0.2/√2.
     assert lines[2:] == [
-        [name, how, *same[0], f"{mean} ± 0.1414", *same[1]]
+        [name, how, "2", *same[0], f"{mean} ± 0.1414", *same[1]]
         for how, mean in (
             ("mean", "0.6000"),
             ("10 draws, τ = 0", "0.6000"),
@@ -602,14 +675,12 @@ def test_the_calibration_table_has_means_and_deviations_of_mean_and_draws(
 
 
 def test_the_reliability_diagram_has_the_bins_of_all_seeds_together(evaluations: Path):
-    counts, confidence, accuracy = reproduce.reliability(
-        np.array([0.65, 0.95, 0.7, 1.0]), np.array([1, 0, 0, 1])
-    )
+    p = np.array([[0.35, 0.65], [0.05, 0.95], [0.3, 0.7], [0.0, 1.0]])
+    counts, confidence, accuracy = reliability(p, np.array([1, 0, 0, 1]))
     assert counts.tolist() == [0, 0, 0, 0, 0, 0, 2, 0, 0, 2]
     assert (confidence[6], accuracy[6], confidence[9], accuracy[9]) == (0.675, 0.5, 0.975, 0.5)
     assert np.isnan(accuracy[0])
     gap = (counts * abs(accuracy - confidence))[counts > 0].sum() / 4
-    p = np.array([[0.35, 0.65], [0.05, 0.95], [0.3, 0.7], [0.0, 1.0]])
     assert gap == pytest.approx(calibration(p, [1, 0, 0, 1])["ece"])
     figure = reproduce.reliability_figure(reproduce.evaluated([evaluations]))
     diagram, histogram = figure.axes
@@ -669,6 +740,26 @@ def test_runs_without_an_evaluation_are_skipped_by_name(
     assert f"skipped {folder}" in err
     _, err = output(capsys, verb, tmp_path / "more", status=2)
     assert "error: none of these runs" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("change", [{"model": "another"}, {"data_dir": "elsewhere"}, {"nll": math.nan}])
+def test_an_evaluation_of_something_else_is_skipped_by_name(
+    change: dict, evaluations: Path, capsys: pytest.CaptureFixture
+):
+    path = evaluations / "1/evaluation.json"
+    rows = json.loads(path.read_text())["evaluations"]
+    path.write_text(json.dumps({"evaluations": [row | change for row in rows]}))
+    out, err = output(capsys, "calibration", evaluations)
+    assert f"skipped {path.parent}" in err
+    assert "| 1 | 50.00 | 75.00 | 0.7000 |" in out
+
+
+def test_draws_that_only_some_runs_have_are_counted(evaluations: Path, capsys: pytest.CaptureFixture):
+    evaluate(evaluations / "2", {(0, 0.0): 0.7, (20, 1.0): 0.5})
+    out, _ = output(capsys, "calibration", evaluations)
+    counts = {line.split(" | ")[1]: line.split(" | ")[2] for line in out.splitlines()[2:]}
+    some = ("10 draws, τ = 0", "10 draws, τ = 0.5", "10 draws, τ = 1", "20 draws, τ = 1")
+    assert counts == {"mean": "2", **dict.fromkeys(some, "1")}
 
 
 @pytest.mark.parametrize("damage", ["gone", "half", "another's"])

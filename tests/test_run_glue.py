@@ -19,14 +19,13 @@ from safetensors.torch import load_file
 from adalora import TARGETS, inject
 from budget import CubicBudget
 from glue import TASKS, task_of
+from posterior import batched, predict
 from run_glue import (
     HERE,
-    batched,
     learning_rate,
     main,
     parse_args,
     plan,
-    predict,
     rank_grid,
     shuffled_batches,
 )
