@@ -488,7 +488,7 @@ def compact(layers: Mapping[str, nn.Module]) -> Iterator[None]:
             layer.P.data, layer.lam.data, layer.Q.data, layer.alive = tensors
 
 
-def posterior(
+def sigmas_by_name(
     model: nn.Module, layers: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
 ) -> dict[str, Tensor]:
     """σ of everything trained, by name, at the living triplets; {} if the optimizer is not IVON."""
@@ -617,35 +617,27 @@ def peak_memory_mb(device: torch.device) -> float:
 # ---- the run -------------------------------------------------------------------------------------------
 
 
-class Prepared(NamedTuple):
-    """What training and evaluation start from."""
+class Adapted(NamedTuple):
+    """A model with its adapters, on its device."""
 
-    dataset: dict
     tokenizer: transformers.PreTrainedTokenizerBase
-    model: transformers.PreTrainedModel  # on its device
+    model: transformers.PreTrainedModel
     layers: dict[str, nn.Module]  # adapters by name
     head: set[nn.Parameter]
     encoder: str  # fingerprint of what is frozen
 
 
-def prepare(args: argparse.Namespace, task: Task, splits: Collection[str]) -> Prepared:
-    """Load data and model, inject adapters: the encoder is frozen, or in full fine-tuning nothing is."""
-    try:
-        device = torch.device(args.device)
-        torch.zeros(1, device=device).cpu()
-    except Exception as error:  # every backend that is not there says so in its own way
-        raise UsageError(f"--device {args.device} cannot be used: {str(error).splitlines()[0]}") from None
-    try:
-        dataset = load_task(args.task, args.data_dir, splits)
-        torch.manual_seed(args.seed)
+def load_data(args: argparse.Namespace, splits: Collection[str]) -> dict:
+    """Splits of the task's data. Raises UsageError."""
+    with mendable():
+        return load_task(args.task, args.data_dir, splits)
+
+
+def adapted_model(args: argparse.Namespace, task: Task) -> Adapted:
+    """Load the model and inject adapters: the encoder is frozen, or in full fine-tuning nothing is."""
+    torch.manual_seed(args.seed)
+    with mendable():
         tokenizer, model = load_model(args.model, len(task.labels) or 1)
-    except ConnectionError as error:
-        cached = ", or HF_HUB_OFFLINE=1 for what was downloaded before"
-        raise UsageError(
-            f"{error}; use --demo, or local folders with --model and --data_dir{cached}"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UsageError(str(error)) from None
     layers = {}
     if args.method != "full":
         args.targets = args.targets or TARGETS.get(model.config.model_type)
@@ -665,8 +657,28 @@ def prepare(args: argparse.Namespace, task: Task, splits: Collection[str]) -> Pr
     )
     if args.max_length > longest:
         raise UsageError(f"--max_length {args.max_length} is above the model's {longest} tokens")
-    encoder = fingerprint(model)
-    return Prepared(dataset, tokenizer, model.to(device), layers, head, encoder)
+    return Adapted(tokenizer, model.to(args.device), layers, head, fingerprint(model))
+
+
+@contextmanager
+def mendable() -> Iterator[None]:
+    """What goes wrong in loading, as a UsageError."""
+    try:
+        yield
+    except ConnectionError as error:
+        cached = ", or HF_HUB_OFFLINE=1 for what was downloaded before"
+        raise UsageError(
+            f"{error}; use --demo, or local folders with --model and --data_dir{cached}"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise UsageError(str(error)) from None
+
+
+def check_device(name: str) -> None:
+    try:
+        torch.zeros(1, device=torch.device(name)).cpu()
+    except Exception as error:  # every backend that is not there says so in its own way
+        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def run(args: argparse.Namespace) -> None:
@@ -674,7 +686,9 @@ def run(args: argparse.Namespace) -> None:
     task = task_of(args.task, args.method, args.demo)
     if (args.output_dir / "results.json").exists() and not args.overwrite:
         raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
-    dataset, tokenizer, model, layers, head, encoder = prepare(args, task, ("train", *task.validation))
+    check_device(args.device)
+    dataset = load_data(args, ("train", *task.validation))
+    tokenizer, model, layers, head, encoder = adapted_model(args, task)
     model.train()
     device = model.device
     collate = transformers.DataCollatorWithPadding(tokenizer)
@@ -754,7 +768,7 @@ def run(args: argparse.Namespace) -> None:
             if not torch.isfinite(torch.nn.utils.parameters_to_vector(trained)).all():
                 raise NotFinite(f"a parameter is not finite at step {t} (lr {lr:g})")
             last = {"step": t}
-            sigma = posterior(model, layers, optimizer)
+            sigma = sigmas_by_name(model, layers, optimizer)
             with compact(layers):
                 try:
                     evaluated = evaluate(model, validation, args, sigma)
@@ -796,21 +810,22 @@ def run(args: argparse.Namespace) -> None:
 # ---- a finished run ------------------------------------------------------------------------------------
 
 
-def run_settings(args: argparse.Namespace) -> argparse.Namespace:
-    """The settings of the run that --eval_only names, and what was given beside it. Raises UsageError."""
-    path = args.eval_only / "config.json"
+def run_settings(run: Path, given: Mapping[str, object]) -> argparse.Namespace:
+    """The settings of a finished run, but for what was given instead. Raises UsageError."""
+    path = run / "config.json"
     try:
         config = json.loads(path.read_text())
         names = "task method optimizer score target_rank init_rank targets alpha max_length".split()
-        given = {name: config[name] for name in names if name not in OTHER_FLAGS[config["method"]]}
-        given |= {name: config[name] for name in ("model", "data_dir", "seed", "eval_batch_size")}
+        flags = {name: config[name] for name in names if name not in OTHER_FLAGS[config["method"]]}
+        flags |= {name: config[name] for name in ("model", "data_dir", "seed", "eval_batch_size")}
         if config["demo"]:
-            given |= {"model": HERE / "demo/model", "data_dir": HERE / "demo"}
+            flags |= {"model": HERE / "demo/model", "data_dir": HERE / "demo"}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UsageError(f"--eval_only {args.eval_only}: {path} is not a run's ({error!r})") from None
-    given |= {name: getattr(args, name) for name in EVAL_FLAGS if getattr(args, name) is not None}
+        raise UsageError(f"{run} is not a run: {path} cannot be used ({error!r})") from None
+    if not (run / "results.json").exists():
+        raise UsageError(f"{run} is not finished, it has no results.json")
     argv = []
-    for name, value in given.items():
+    for name, value in (flags | given).items():
         if value is not None:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     settings = parse_args(argv)
@@ -818,17 +833,26 @@ def run_settings(args: argparse.Namespace) -> argparse.Namespace:
     return settings
 
 
+def load_run(
+    run: Path, settings: argparse.Namespace
+) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel, dict, dict[str, Tensor]]:
+    """Tokenizer, model with a finished run's best adapter, its layers, and σ by name or {}."""
+    tokenizer, model, layers, _, encoder = adapted_model(settings, TASKS[settings.task])
+    if settings.encoder not in (None, encoder):
+        raise UsageError(f"--model {settings.model} has other weights than the encoder of {run}")
+    return tokenizer, model, layers, load_adapter(run / "adapter", model, layers)
+
+
 def evaluate_run(args: argparse.Namespace) -> None:
     """Evaluate a finished run's best adapter at its mean and, with --eval_samples, from its posterior."""
-    settings, folder = run_settings(args), args.output_dir or args.eval_only
+    given = {name: getattr(args, name) for name in EVAL_FLAGS if getattr(args, name) is not None}
+    settings, folder = run_settings(args.eval_only, given), args.output_dir or args.eval_only
     task = TASKS[settings.task]
     tests = [split for split in task.splits if split.startswith("test")]
     names = tests[:1] if args.predict else list(task.validation)
     names = names if args.split is None else [args.split]
     if names[0] not in task.splits:
         raise UsageError(f"--split {names[0]}: {settings.task} has {', '.join(task.splits)}")
-    if not (args.eval_only / "results.json").exists():
-        raise UsageError(f"--eval_only {args.eval_only}: the run is not finished, it has no results.json")
     if args.eval_samples and not (args.eval_only / "adapter/posterior.safetensors").exists():
         raise UsageError(
             f"--eval_samples needs a posterior, and {args.eval_only} has none: IVON's runs have one"
@@ -839,10 +863,9 @@ def evaluate_run(args: argparse.Namespace) -> None:
         raise UsageError(f"--output_dir {folder} is another run's: give a folder of its own")
     check_writable([args.predict] if args.predict else [folder / name for name in LEFT_BEHIND[-2:]])
 
-    dataset, tokenizer, model, layers, _, encoder = prepare(settings, task, names)
-    if settings.encoder not in (None, encoder):
-        raise UsageError(f"--model {settings.model} has other weights than the encoder of {args.eval_only}")
-    sigma = load_adapter(args.eval_only / "adapter", model, layers)
+    check_device(settings.device)
+    dataset = load_data(settings, names)
+    tokenizer, model, _, sigma = load_run(args.eval_only, settings)
     splits = evaluation_splits(dataset, names, task, tokenizer, settings)
     draws = [(args.eval_samples, tau) for tau in args.temperature] if args.eval_samples else []
 

@@ -1,0 +1,132 @@
+"""A finished run for other tools: an adapter that PEFT loads, or a plain transformers checkpoint.
+
+    python export.py peft runs/RUN adapter      # PeftModel.from_pretrained(base_model, "adapter")
+    python export.py merged runs/RUN model      # AutoModelForSequenceClassification.from_pretrained("model")
+
+Both have the run's best adapter and its head. The merged checkpoint has the tokenizer, too, and needs no code
+of ours; a fully fine-tuned run can be exported as that alone. `--model` says where the base model is now.
+
+Exit status: 0 done; 2 a usage or input error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from adalora import HEADS, SVDLinear
+from glue import TASKS
+from run_glue import Parser, UsageError, check_device, load_run, run_settings
+
+PEFT_EPSILON = 1e-5  # PEFT divides by rank + this
+
+
+def write_merged(folder: Path, model: transformers.PreTrainedModel, layers: dict[str, nn.Module]) -> None:
+    """W + s·PΛQ (or s·BA) as the maps' own weights, and the adapters gone. Changes the model."""
+    for name, layer in layers.items():
+        layer.base.weight.data += layer.delta().detach()
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.base)
+    model.save_pretrained(folder)
+
+
+def write_peft(
+    folder: Path, model: nn.Module, layers: dict[str, nn.Module], settings: argparse.Namespace
+) -> None:
+    """adapter_config.json and adapter_model.safetensors, in the form that PEFT saves and loads."""
+    r, tensors, pattern = settings.init_rank, {}, {}
+    for name, layer in layers.items():
+        prefix = f"base_model.model.{name}"
+        if isinstance(layer, SVDLinear):
+            kept = layer.lam.numel()
+            pattern[f"{name}.lora_E"] = [True] * kept + [False] * (r - kept)
+            tensors[f"{prefix}.lora_A"], tensors[f"{prefix}.lora_B"] = layer.Q, layer.P
+            tensors[f"{prefix}.lora_E"] = layer.lam.unsqueeze(1) * ((r + PEFT_EPSILON) / max(r, 1))
+        else:
+            tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = layer.A, layer.B
+    head = {name: p for name, p in model.named_parameters() if not HEADS.isdisjoint(name.split("."))}
+    tensors |= {f"base_model.model.{name}": p for name, p in head.items()}
+    config = {
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": settings.model,
+        "target_modules": sorted(layers),
+        "modules_to_save": sorted({next(part for part in name.split(".") if part in HEADS) for name in head}),
+        "lora_alpha": settings.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+    }
+    if settings.method == "adalora":
+        # PEFT wants a schedule to load an adapter, though it is trained.
+        schedule = {"total_step": 1, "tinit": 0, "tfinal": 0}
+        config |= {"peft_type": "ADALORA", "init_r": r, "rank_pattern": pattern, **schedule}
+    else:
+        config |= {"peft_type": "LORA", "r": r}
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    whole: dict[str, Tensor] = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def export(args: argparse.Namespace) -> None:
+    settings = run_settings(args.run, {"device": "cpu"} | ({"model": args.model} if args.model else {}))
+    task = TASKS[settings.task]
+    if args.form == "peft" and settings.method == "full":
+        raise UsageError(
+            f"{args.run} is fully fine-tuned and has no adapter: python export.py merged {args.run} …"
+        )
+    if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
+        raise UsageError(f"{args.folder} exists: give a new folder")
+    check_device(settings.device)
+    tokenizer, model, layers, _ = load_run(args.run, settings)
+    if task.labels:
+        model.config.id2label = dict(enumerate(task.labels))
+        model.config.label2id = {label: i for i, label in enumerate(task.labels)}
+    else:
+        model.config.problem_type = "regression"
+    try:
+        args.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{args.folder.name}.", dir=args.folder.absolute().parent))
+    except OSError as error:
+        raise UsageError(f"{args.folder} cannot be written: {error.strerror}") from None
+    try:
+        if args.form == "merged":
+            write_merged(beside, model, layers)
+            tokenizer.save_pretrained(beside)
+        else:
+            write_peft(beside, model, layers, settings)
+        beside.chmod(0o755)
+        beside.replace(args.folder)
+    except OSError as error:
+        raise UsageError(f"{args.folder} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    print(args.folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = Parser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("form", choices=["peft", "merged"])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("folder", type=Path, help="what to write; must not be there yet")
+    parser.add_argument("--model", help="the base model, if it is not where the run had it")
+    try:
+        export(parser.parse_args(argv))
+    except UsageError as error:
+        print("export.py: error:", *str(error).split(), file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
