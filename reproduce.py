@@ -838,15 +838,20 @@ def read_predictions(run: Run, split: str, key: str) -> tuple[np.ndarray, np.nda
 def reliability_figure(found: list[Evaluated]) -> Figure:
     """Accuracy against confidence, all seeds together, and how many examples are in each bin under it."""
     plt = pyplot()
+    across = min(len(found), 4)
+    down = math.ceil(len(found) / across)
     figure, axes = plt.subplots(
-        2, len(found), figsize=(0.5 + 3.2 * len(found), 4.4), squeeze=False, sharex=True, sharey="row",
-        height_ratios=(3, 1), layout="constrained",
+        2 * down, across, figsize=(0.5 + 3.2 * across, 4.2 * down), squeeze=False, sharex=True,
+        height_ratios=(3, 1) * down, layout="constrained",
     )  # fmt: skip
-    for (group, scores), (diagram, histogram) in zip(found, axes.T, strict=True):
-        split = TASKS[group.task].validation[0]
+    for axis in axes[-2:, len(found) - across * (down - 1) :].flat:
+        axis.remove()
+    for n, (group, scores) in enumerate(found):
+        diagram, histogram = axes[2 * (n // across) : 2 * (n // across) + 2, n % across]
         diagram.plot([0, 1], [0, 1], color="grey", linewidth=0.8)
         for i, (samples, tau) in enumerate(key for key in scores if key[0] == 0 or key[1] == 1):
             key = f"tau={tau:g}" if samples else "mean"
+            split = TASKS[group.task].validation[0]
             together = [read_predictions(run, split, key) for run, _ in scores[samples, tau]]
             counts, confidence, accuracy = reliability(*map(np.concatenate, zip(*together, strict=True)))
             diagram.plot(
@@ -855,12 +860,12 @@ def reliability_figure(found: list[Evaluated]) -> Figure:
             histogram.bar(
                 np.arange(10) / 10 + 0.02 + 0.04 * i, counts, width=0.035, align="edge", color=f"C{i}"
             )
-        diagram.set_title("\n".join(textwrap.wrap(group.name, 38)), fontsize=8)
+        diagram.set_title("\n".join(textwrap.wrap(group.name, 40)), fontsize=8)
+        diagram.set(xlim=(0, 1), ylim=(0, 1))
         diagram.legend(fontsize=7)
+        diagram.set_ylabel("accuracy", fontsize=8)
+        histogram.set_ylabel("examples", fontsize=8)
         histogram.set_xlabel("confidence", fontsize=8)
-    axes[0, 0].set_ylabel("accuracy", fontsize=8)
-    axes[1, 0].set_ylabel("examples", fontsize=8)
-    axes[0, 0].set(xlim=(0, 1), ylim=(0, 1))
     return figure
 
 
