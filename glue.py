@@ -107,8 +107,8 @@ TASKS = {
 }
 # fmt: on
 LORA_LR, LORA_ALPHA = 2e-4, 32
-# LoRA with IVON has no published setting for GLUE, and at that for AdaLoRA noise on A and B drowns what they
-# learn. Ours, with a learning rate that makes the largest step AdamW's (run_glue.plan):
+# LoRA with IVON has no published setting for GLUE, and at AdaLoRA's it does not learn on the demo. Ours, with
+# a learning rate that makes the largest step AdamW's (run_glue.plan):
 LORA_IVON = {"hess_init": 1e-4, "beta2": 0.999, "ess": 1e10}
 FULL_LR, FULL_LR_MNLI, FULL_LR_IVON = 2e-5, 1.5e-5, 0.1
 FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
