@@ -920,12 +920,14 @@ def record_evaluation(folder: Path, rows: list[dict], predictions: dict[str, Ten
     """evaluation.json and predictions.safetensors; what they hold of other splits stays."""
     folder.mkdir(parents=True, exist_ok=True)
     evaluation, tensors = folder / "evaluation.json", folder / "predictions.safetensors"
-    if evaluation.exists() and tensors.exists():
-        now = {row["split"] for row in rows}
+    now = {row["split"] for row in rows}
+    try:
         before = json.loads(evaluation.read_text())["evaluations"]
-        rows = [row for row in before if row["split"] not in now] + rows
-        old = read_tensors(tensors)[0]
-        predictions = {name: t for name, t in old.items() if name.split(".")[0] not in now} | predictions
+        others = [row for row in before if row["split"] not in now]
+        old = {name: t for name, t in read_tensors(tensors)[0].items() if name.split(".")[0] not in now}
+    except (OSError, ValueError, KeyError, TypeError, UsageError):  # none yet, or damaged: nothing to keep
+        others, old = [], {}
+    rows, predictions = others + rows, old | predictions
     write_tensors(tensors, predictions, {"evaluations": json.dumps(rows)})  # so that they can be told apart
     write_json(evaluation, {"evaluations": rows})
 

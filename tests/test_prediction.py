@@ -266,6 +266,17 @@ def test_another_split_is_added_to_the_evaluation_and_the_same_one_replaced(bert
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["evaluation.json", "predictions.safetensors"])
+def test_a_damaged_record_of_an_earlier_evaluation_is_replaced(name: str, bert: Path, tmp_path: Path):
+    run = train(bert, tmp_path)
+    for content in ("", "{", "[1]", '{"evaluations": [3]}'):
+        assert main(["--eval_only", str(run)]) == 0
+        (run / name).write_text(content)
+        assert main(["--eval_only", str(run), "--split", "train"]) == 0
+        assert [row["split"] for row in evaluations(run)] == ["train"]
+        assert set(load_file(run / "predictions.safetensors")) == {"train.labels", "train.mean"}
+
+
 def test_a_test_file_with_labels_can_be_evaluated(bert: Path, tmp_path: Path):
     run = train(bert, tmp_path, task="rte")
     dev = (tmp_path / "glue/RTE/dev.tsv").read_text()
