@@ -93,8 +93,11 @@ def inject(
         rank: r at the start; 0, for "svd" alone, gives adapters with nothing in them.
         kind: "svd" or "lora".
 
+    A map that computes y = Wx + b in a way of its own, as quantised ones do, has to be an nn.Linear by
+    inheritance; nothing else is asked of it.
+
     Returns the adapters by module name, in the model's order. Raises ValueError, the model untouched, for a
-    target that names no linear map or a rank that cannot be.
+    target that names no linear map, one whose weight is tied to another's, or a rank that cannot be.
     """
     if rank < (kind == "lora"):
         raise ValueError(f"{kind} adapters cannot have rank {rank}")
@@ -111,6 +114,12 @@ def inject(
     if missed or not targets:
         missing = ", ".join(sorted(missed)) or "nothing"
         raise ValueError(f"no linear map is called {missing}; this model has {', '.join(linear_maps(model))}")
+    owners = defaultdict(list)
+    for name, p in model.named_parameters(remove_duplicate=False):
+        owners[p].append(name)
+    for name, base in found.items():
+        for other in sorted({*owners[base.weight]} - {f"{name}.weight"}):
+            raise ValueError(f"{name} is tied to {other}: an adapter around one of them would be wrong")
     model.requires_grad_(False)
     layers = {name: KINDS[kind](base, rank, alpha, dropout) for name, base in found.items()}
     for name, layer in layers.items():

@@ -39,6 +39,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from adalora import TARGETS
+from checkpoint import read_tensors
 from glue import TASKS, task_of
 from metrics import reliability
 from run_glue import (
@@ -52,7 +53,6 @@ from run_glue import (
     plan,
     rank_grid,
     rank_rows,
-    read_tensors,
     whole,
 )
 from scores import SCORES
@@ -73,9 +73,10 @@ IDENTITY = "task method optimizer score target_rank model demo".split()
 SHAPE = "total_steps batch_size grad_accum max_length eval_every group_by_length".split()
 # these cannot change a result, but for rounding, or follow from others,
 IGNORED = (
-    "seed epochs max_steps output_dir overwrite device eval_batch_size track_scores eval_samples".split()
-)
-IGNORED += ["temperature", "encoder", *EVAL_ONLY_FLAGS, "versions", "git_commit", "device_name", "threads"]
+    "seed epochs max_steps output_dir overwrite device eval_batch_size track_scores eval_samples temperature "
+    "resume checkpoint_every keep_checkpoint encoder train_data versions git_commit device_name threads"
+).split()
+IGNORED += EVAL_ONLY_FLAGS
 # and everything else counts where it is not what the task's settings make of the rest (`departures`).
 
 
@@ -822,7 +823,10 @@ def calibration_table(found: list[Evaluated]) -> str:
 def read_predictions(run: Run, split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (n, classes) and labels (n,) that belong to evaluation.json; raises UsageError."""
     path = run.folder / "predictions.safetensors"
-    tensors, metadata = read_tensors(path)
+    try:
+        tensors, metadata = read_tensors(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     rows = read_json(run.folder / "evaluation.json")["evaluations"]
     p, labels = tensors.get(f"{split}.{key}"), tensors.get(f"{split}.labels")
     whole = (

@@ -6,10 +6,12 @@
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
     python run_glue.py --eval_only runs/RUN --eval_samples 10 --temperature 0 0.5 1     # from its posterior
     python run_glue.py --eval_only runs/RUN --predict CoLA.tsv                       # for GLUE's leaderboard
+    python run_glue.py --task cola --optimizer ivon --score mu --resume       # go on where this run stopped
 
 Settings that are not given are the papers' for the task (glue.py). What a run leaves behind: README.md.
 
-Exit status: 0 done; 2 a usage or input error; 3 the loss or a parameter was not finite; 130 interrupted.
+Exit status: 0 done; 2 a usage or input error; 3 the loss, a gradient, a parameter or the posterior was not
+finite; 130 interrupted, 143 terminated (a checkpoint is kept).
 """
 
 from __future__ import annotations
@@ -21,26 +23,47 @@ import os
 import platform
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
 import torch.nn.functional as F
 import transformers  # its parts are imported on their first use: what is wrong with a command is said sooner
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adalora import HEADS, TARGETS, SVDLinear, inject, linear_maps, orthogonality_penalty
+from adalora import HEADS, TARGETS, inject, linear_maps, orthogonality_penalty
 from budget import CubicBudget
+from checkpoint import (
+    append,
+    checkpoints,
+    claimed,
+    compact,
+    fingerprint,
+    living,
+    load_adapter,
+    load_checkpoint,
+    pack_files,
+    read_tensors,
+    restore,
+    save_adapter,
+    save_checkpoint,
+    sigmas_by_name,
+    snapshot,
+    unpack_files,
+    write_json,
+    write_tensors,
+)
 from glue import LORA_IVON, TASKS, Task, check_hub, load_task, task_of
 from ivon import IVON
 from metrics import score_agreement
@@ -78,13 +101,16 @@ GROUP = 50  # batches that --group_by_length sorts together
 # are not given.
 EVAL_ONLY_FLAGS = ("eval_only", "split", "predict", "probabilities")
 EVAL_FLAGS = ("seed", "model", "data_dir", "eval_batch_size", "device", "output_dir")
-LEFT_BEHIND = (
-    "results.json",
-    "metrics.jsonl",
-    "score_agreement.jsonl",
-    "evaluation.json",
-    "predictions.safetensors",
-)
+# What a run leaves behind: the files that grow with it, which a checkpoint therefore holds, and the others.
+ADAPTER = ("adapter/adapter.safetensors", "adapter/posterior.safetensors")
+GROWING = ("metrics.jsonl", "score_agreement.jsonl", *ADAPTER)
+EVALUATION = ("evaluation.json", "predictions.safetensors")
+LEFT_BEHIND = ("config.json", "results.json", *EVALUATION, *GROWING)
+# Settings that follow from others, and those that a resumed run may have otherwise: where things are (its
+# weights and data are known by their checksums) and when it is saved.
+DERIVED = ("epochs", "lr", "ess", "init_rank", "tinit", "tfinal", "delta_t", "first_lr", "first_steps")
+DERIVED += ("total_steps", "warmup_steps")
+UNCOMPARED = ("model", "data_dir", "output_dir", "checkpoint_every", "keep_checkpoint", "resume", "overwrite")
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -101,6 +127,10 @@ class Parser(argparse.ArgumentParser):
 
 class NotFinite(Exception):
     """Training has broken down: one line on stderr, exit status 3."""
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM: one line on stderr, exit status 128 + its number."""
 
 
 # ---- settings ------------------------------------------------------------------------------------------
@@ -153,7 +183,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--probabilities", action="store_true", help="with --predict: the classes' probabilities beside them")
     add("--device", help="cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     add("--output_dir", type=Path, help="(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)")
-    add("--overwrite", action="store_true", help="replace a finished run in the output folder")
+    add("--overwrite", action="store_true", help="replace the run in the output folder")
+    add("--resume", action="store_true", help="go on with the run in the output folder, if there is one")
+    add("--checkpoint_every", type=whole(1), help="updates (each evaluation)")
+    add("--keep_checkpoint", action="store_true", help="also when the run is complete")
     # fmt: on
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
@@ -167,6 +200,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         if args.model or args.data_dir:
             raise UsageError("--demo has its own model and data: leave out --model and --data_dir, or --demo")
         args.task, args.model, args.data_dir = "cola", str(HERE / "demo/model"), HERE / "demo"
+    if args.resume and args.overwrite:
+        raise UsageError("--resume goes on with a run, --overwrite replaces it: leave one out")
     if args.task is None:
         raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
     for name in OTHER_FLAGS[args.method]:
@@ -440,132 +475,13 @@ def evaluate(
 # ---- what a run leaves behind ------------------------------------------------------------------------------
 
 
-def write_json(path: Path, content: dict) -> None:
-    """All of it or nothing: written beside and renamed."""
-    beside = path.with_name(path.name + ".new")
-    beside.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
-    os.replace(beside, path)
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """A safetensors file; all of it or nothing."""
-    beside = path.with_name(path.name + ".new")
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(tensors, beside, metadata=metadata)
-    os.replace(beside, path)
-
-
-def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of a safetensors file; raises UsageError if that cannot be."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from None
-
-
-def living(name: str, tensor: Tensor, layers: Mapping[str, nn.Module]) -> Tensor:
-    """Of an adapter's P, lam or Q, or a tensor of its shape, the part that belongs to living triplets."""
-    module, _, part = name.rpartition(".")
-    if not isinstance(layers.get(module), SVDLinear):
-        return tensor
-    alive = layers[module].alive
-    return tensor[:, alive] if part == "P" else tensor[alive]
-
-
-@contextmanager
-def compact(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """For the length of the block the adapters have their living triplets alone, as they are saved."""
-    svd = [layer for layer in layers.values() if isinstance(layer, SVDLinear)]
-    whole = [(layer.P.data, layer.lam.data, layer.Q.data, layer.alive) for layer in svd]
-    for layer, (P, lam, Q, alive) in zip(svd, whole, strict=True):
-        layer.P.data, layer.lam.data, layer.Q.data = P[:, alive], lam[alive], Q[alive]
-        layer.alive = alive[alive]
-    try:
-        yield
-    finally:
-        for layer, tensors in zip(svd, whole, strict=True):
-            layer.P.data, layer.lam.data, layer.Q.data, layer.alive = tensors
-
-
-def sigmas_by_name(
-    model: nn.Module, layers: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """σ of everything trained, by name, at the living triplets; {} if the optimizer is not IVON."""
-    if not isinstance(optimizer, IVON):
-        return {}
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sigmas = optimizer.sigmas(list(trained.values()))
-    return {name: living(name, sigma, layers) for name, sigma in zip(trained, sigmas, strict=True)}
-
-
-def save_adapter(
-    folder: Path, model: nn.Module, layers: Mapping[str, nn.Module], sigma: Mapping[str, Tensor]
-) -> None:
-    """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if there is one."""
-    folder.mkdir(exist_ok=True)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for file, tensors in {"adapter": trained, "posterior": sigma}.items():
-        if tensors:
-            metadata = {"scaling": str(common_scaling(layers))}
-            write_tensors(folder / f"{file}.safetensors", tensors, metadata)
-
-
-def common_scaling(layers: Mapping[str, nn.Module]) -> float:
-    """s, the same for all adapters; 1 where there are none."""
-    return next((layer.scaling for layer in layers.values()), 1.0)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A checksum of the frozen weights; an adapter fits no others."""
-    checksum = 0
-    for p in model.parameters():
-        if not p.requires_grad:
-            checksum = zlib.crc32(p.detach().cpu().contiguous().numpy(), checksum)
-    return f"{checksum:08x}"
-
-
-def load_adapter(folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Put a saved adapter and head into a model that was made as the run's was; return its σ, or {}.
-
-    Raises UsageError where the files are damaged or of another model.
-    """
-    tensors, metadata = read_tensors(folder / "adapter.safetensors")
-    path = folder / "posterior.safetensors"
-    sigma, _ = read_tensors(path) if path.exists() else ({}, {})
-    if metadata.get("scaling") != str(common_scaling(layers)):
-        raise UsageError(f"{folder} does not fit config.json: s is {metadata.get('scaling')} there")
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    different = sorted(trained.keys() ^ tensors.keys()) + sorted(
-        sigma.keys() ^ tensors.keys() if sigma else ()
-    )
-    if different:
-        raise UsageError(f"{folder} does not fit the model: {different[0]} is only in one of them")
-    ranks = {name: tensors[f"{name}.lam"].numel() for name in layers if f"{name}.lam" in tensors}
-    for name, p in trained.items():
-        module, _, part = name.rpartition(".")
-        shape = list(p.shape)
-        if module in ranks:
-            shape[-1 if part == "P" else 0] = ranks[module]
-        for tensor in (tensors[name], sigma.get(name, tensors[name])):
-            if list(tensor.shape) != shape or tensor.dtype != p.dtype:
-                raise UsageError(
-                    f"{folder} does not fit the model: {name} is {tuple(tensor.shape)}, not {tuple(shape)}"
-                )
-        p.data = tensors[name].to(p.device)
-    for name in ranks:
-        layers[name].alive = torch.ones_like(layers[name].lam, dtype=torch.bool)
-    return {name: tensor.to(trained[name].device) for name, tensor in sigma.items()}
-
-
 def record_agreement(path: Path, allocator: RankAllocator) -> None:
     """A line for each allocation since the last call: how far the scores agree (metrics.score_agreement)."""
-    with path.open("a") as file:
-        for record in allocator.tracked:
-            scores = {name: S.cpu().numpy() for name, S in record["scores"].items()}
-            cv = record["sigma_cv"] if record["sigma_cv"] is None else float(record["sigma_cv"])
-            line = {"step": record["step"], "budget": record["budget"], "sigma_cv": cv}
-            file.write(json.dumps(line | score_agreement(scores, record["budget"])) + "\n")
+    for record in allocator.tracked:
+        scores = {name: S.cpu().numpy() for name, S in record["scores"].items()}
+        cv = record["sigma_cv"] if record["sigma_cv"] is None else float(record["sigma_cv"])
+        line = {"step": record["step"], "budget": record["budget"], "sigma_cv": cv}
+        append(path, json.dumps(line | score_agreement(scores, record["budget"])) + "\n")
     allocator.tracked.clear()
 
 
@@ -674,6 +590,12 @@ def mendable() -> Iterator[None]:
         raise UsageError(str(error)) from None
 
 
+def checksum(features: list[dict], labels: Tensor) -> str:
+    """Of training data, by their tokens and labels."""
+    tokens = torch.tensor([token for example in features for token in example["input_ids"]])
+    return f"{zlib.crc32(labels.numpy(), zlib.crc32(tokens.numpy())):08x}"
+
+
 def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=torch.device(name)).cpu()
@@ -681,127 +603,262 @@ def check_device(name: str) -> None:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
+def something_to_do(args: argparse.Namespace) -> bool:
+    """Whether the output folder is free or holds a run to go on with; False if that run is finished.
+
+    Raises UsageError if it holds what would be lost.
+    """
+    folder, finished = args.output_dir, (args.output_dir / "results.json").exists()
+    saved = checkpoints(folder / "checkpoint")
+    if finished and not (args.overwrite or args.resume):
+        raise UsageError(f"{folder} holds a finished run: give --overwrite or another --output_dir")
+    if saved and not (args.overwrite or args.resume):
+        raise UsageError(f"{folder} holds an unfinished run: give --resume to go on with it, or --overwrite")
+    if args.resume and not (finished or saved) and (folder / "config.json").exists():
+        raise UsageError(f"{folder} has lost its checkpoint: give --overwrite to start anew")
+    return not (finished and args.resume)
+
+
+def recorded_settings(args: argparse.Namespace, **checksums: str) -> dict:
+    """The settings as config.json and a checkpoint have them."""
+    settings = {name: value for name, value in vars(args).items() if name not in EVAL_ONLY_FLAGS}
+    paths = {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(args.output_dir)}
+    return settings | paths | checksums
+
+
+def take_up(folder: Path, settings: dict) -> dict | None:
+    """The checkpoint to go on from, and the files of its step put back; None if no run was begun here.
+
+    Raises UsageError where there is no whole one, or a setting of it differs (the first that does is named).
+    """
+    state, damaged = load_checkpoint(folder / "checkpoint")
+    names = ", ".join(map(str, damaged))
+    if state is None and damaged:
+        raise UsageError(f"{names}: damaged, and no earlier checkpoint is there: start anew with --overwrite")
+    if state is None:
+        return None
+    then = state["settings"]
+    for name in sorted(settings, key=lambda name: name in DERIVED):
+        now, before = settings[name], then.get(name)
+        if name == "device":
+            now, before = torch.device(now).type, torch.device(before).type
+        if name in UNCOMPARED or now == before:
+            continue
+        if name == "encoder":
+            raise UsageError(f"--model {settings['model']} has other weights than the run in {folder} had")
+        if name == "train_data":
+            raise UsageError(f"the training data are not those of the run in {folder}: check --data_dir")
+        raise UsageError(f"--{name} is {now}, but was {before} for the run in {folder}: give it the same")
+    if damaged:
+        print(f"run_glue.py: {names}: damaged, going on from an earlier checkpoint", file=sys.stderr)
+    unpack_files(folder, GROWING, state["files"])
+    return state
+
+
+def watched(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """What has to be finite after an update, by what it is called (a parameter stands in for no gradient)."""
+    some = {name: p.detach() if p.grad is None else p.grad for name, p in trained.items() if p.numel()}
+    tensors = {f"the gradient of {name}": grad for name, grad in some.items()}
+    if isinstance(optimizer, IVON):
+        tensors |= {f"the posterior of {name}": optimizer.state[trained[name]]["h"] for name in some}
+    return tensors | {f"the parameter {name}": trained[name].detach() for name in some}
+
+
+def write_losses(path: Path, pending: list[tuple[dict, Tensor]], names: list[str]) -> list[float]:
+    """A line for each update: its record, with its loss. Returns the losses.
+
+    Each comes with the magnitudes (n,) of what its update had; `names` are theirs, the loss first. Raises
+    NotFinite at the first that is not finite.
+    """
+    rows = torch.stack([magnitudes for _, magnitudes in pending]).tolist()
+    for (record, _), row in zip(pending, rows, strict=True):
+        bad = [name for name, magnitude in zip(names, row, strict=True) if not math.isfinite(magnitude)]
+        if bad:
+            raise NotFinite(f"{bad[0]} is not finite at step {record['step']} (lr {record['lr']:g})")
+        record["loss"] = row[0]
+    append(path, "".join(json.dumps(record) + "\n" for record, _ in pending))
+    return [row[0] for row in rows]
+
+
+@contextmanager
+def on_signals(handler: Callable) -> Iterator[None]:
+    """For the length of the block SIGINT and SIGTERM call `handler`, if this is the main thread."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+    before = [signal.signal(which, handler) for which in signals]
+    try:
+        yield
+    finally:
+        for which, old in zip(signals, before, strict=True):
+            signal.signal(which, old)
+
+
+def end_at_once(signum: int, _frame: object) -> NoReturn:
+    raise Interrupted(signum, "")
+
+
+@contextmanager
+def signals_received() -> Iterator[list[int]]:
+    """For the length of the block the first signal is only noted; the second ends the program."""
+    received: list[int] = []
+    with on_signals(lambda *signal: end_at_once(*signal) if received else received.append(signal[0])):
+        yield received
+
+
+def clear(folder: Path) -> None:
+    """Remove what an earlier run left."""
+    for name in LEFT_BEHIND:
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+
+
 def run(args: argparse.Namespace) -> None:
     # Load and inject.
-    task = task_of(args.task, args.method, args.demo)
-    if (args.output_dir / "results.json").exists() and not args.overwrite:
-        raise UsageError(f"{args.output_dir} holds a finished run: give --overwrite or another --output_dir")
+    task, folder = task_of(args.task, args.method, args.demo), args.output_dir
+    if not something_to_do(args):
+        if not args.keep_checkpoint:  # of a run that was killed between its last two deeds
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        print(f"the run in {folder} is finished")
+        return
+    check_writable(folder / "config.json", f"--output_dir {folder}")
     check_device(args.device)
     dataset = load_data(args, ("train", *task.validation))
     tokenizer, model, layers, head, encoder = adapted_model(args, task)
     model.train()
-    device = model.device
-    collate = transformers.DataCollatorWithPadding(tokenizer)
     features, labels = tokenize(dataset["train"], task, tokenizer, args.max_length)
-    labels = labels.to(device)
-    lengths = torch.tensor([len(example["input_ids"]) for example in features])
     validation = evaluation_splits(dataset, task.validation, task, tokenizer, args)
 
     # Optimize: the learning rate is set before each update.
     budget = plan(args, task, len(features), len(layers))
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if args.optimizer == "ivon":
-        settings = {name: getattr(args, name) for name in (*IVON_SETTINGS, "beta1", "weight_decay")}
-        optimizer = IVON(trained, args.lr, **settings)
+        ivon = {name: getattr(args, name) for name in (*IVON_SETTINGS, "beta1", "weight_decay")}
+        optimizer = IVON(trained.values(), args.lr, **ivon)
     else:
-        optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(trained.values(), args.lr, weight_decay=args.weight_decay)
     allocator = None
     if args.method == "adalora":
         allocator = RankAllocator(layers, budget, args.score, optimizer, track=args.track_scores)
 
-    # Record.
-    folder = args.output_dir
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in LEFT_BEHIND:
-            (folder / name).unlink(missing_ok=True)
-        shutil.rmtree(folder / "adapter", ignore_errors=True)
-        settings = {name: value for name, value in vars(args).items() if name not in EVAL_ONLY_FLAGS}
-        settings |= {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(folder)}
-        write_json(folder / "config.json", settings | {"encoder": encoder} | provenance(device))
-        journal = (folder / "metrics.jsonl").open("w", buffering=1)
-    except OSError as error:
-        raise UsageError(f"--output_dir {folder} cannot be written to: {error.strerror}") from None
+    settings = recorded_settings(args, encoder=encoder, train_data=checksum(features, labels))
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder), signals_received() as received:
+        # Begin, or go on.
+        progress = {"step": 0, "best": None, "last": None, "seconds": 0.0, "evaluating": 0.0}
+        if not something_to_do(args):  # another process was faster
+            raise UsageError(f"{folder} holds a run that another process has just finished")
+        state = take_up(folder, settings) if args.resume else None
+        if state:
+            with mendable():
+                restore(state, model, optimizer, allocator)
+            progress = state["progress"]
+            print(f"going on after step {progress['step']} of {args.total_steps}")
+        else:
+            clear(folder)
 
-    first_phase, draws = (args.first_lr, args.first_steps), args.mc_samples or 1
-    start, evaluating, pending, best, last = time.perf_counter(), 0.0, [], None, None
-    by_length = lengths if args.group_by_length else None
-    batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed, by_length)
-    progress = tqdm(range(1, args.total_steps + 1), desc=args.task, unit="step", mininterval=1)
-    for t in progress:
-        # One update: a number of draws, each over the same grad_accum micro-batches.
-        lr = learning_rate(t - 1, args.total_steps, args.lr, args.warmup_steps, *first_phase)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        batch = next(batches)
-        batch = batch[lengths[batch].argsort()]  # micro-batches of like length need less padding
-        loss = torch.zeros((), device=device)
-        for _ in range(draws):
-            with optimizer.sampled_params(train=True) if args.optimizer == "ivon" else nullcontext():
-                for micro in batch.split(args.batch_size):
-                    inputs = collate([features[i] for i in micro]).to(device)
-                    micro_loss = task_loss(model(**inputs).logits, labels[micro]) * (len(micro) / len(batch))
-                    micro_loss.backward()
-                    loss += micro_loss.detach() / draws
-                if args.orth:
-                    (args.orth * orthogonality_penalty(layers, squared=args.squared_orth)).backward()
-        optimizer.step()
-        if allocator:
-            allocator.step(t)
-        optimizer.zero_grad()
+        def save_all() -> None:
+            state = {"settings": settings, "progress": progress, "files": pack_files(folder, GROWING)}
+            state |= snapshot(model, optimizer, allocator)
+            save_checkpoint(folder / "checkpoint", progress["step"], state)
 
-        pending.append({"step": t, "loss": loss, "lr": lr, "budget": budget(t)})
-        at_evaluation = t % args.eval_every == 0 or t == args.total_steps
-        if at_evaluation or len(pending) == FLUSH_EVERY:
-            losses = torch.stack([record["loss"] for record in pending]).tolist()
-            for record, value in zip(pending, losses, strict=True):
-                if not math.isfinite(value):
-                    raise NotFinite(f"the loss is not finite at step {record['step']} (lr {record['lr']:g})")
-                journal.write(json.dumps(record | {"loss": value}) + "\n")
-            mean, so_far = sum(losses) / len(losses), best and f"{best[task.metric]:.4f}"
-            progress.set_postfix(loss=f"{mean:.3f}", best=so_far)
-            pending = []
-            if args.track_scores:
-                record_agreement(folder / "score_agreement.jsonl", allocator)
-        if at_evaluation:
-            began = time.perf_counter()
-            if not torch.isfinite(torch.nn.utils.parameters_to_vector(trained)).all():
-                raise NotFinite(f"a parameter is not finite at step {t} (lr {lr:g})")
-            last = {"step": t}
-            sigma = sigmas_by_name(model, layers, optimizer)
-            with compact(layers):
-                try:
-                    evaluated = evaluate(model, validation, args, sigma)
-                except FloatingPointError as error:
-                    raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
-                for split, scores in evaluated.items():
-                    journal.write(json.dumps({"step": t, "split": split, **scores}) + "\n")
-                    ending = "" if split == task.validation[0] else "_" + split.removeprefix("validation_")
-                    last |= {metric + ending: score for metric, score in scores.items()}
-                if best is None or last[task.metric] > best[task.metric]:
-                    best = last
-                    save_adapter(folder / "adapter", model, layers, sigma)
-            evaluating += time.perf_counter() - began
-    journal.close()
+        if not state:
+            save_all()  # before config.json: where that is, there is something to go on from
+        write_json(folder / "config.json", settings | provenance(model.device))
 
-    seconds = time.perf_counter() - start
-    ranks = allocator.ranks() if allocator else dict.fromkeys(layers, args.init_rank)
-    counted = {name: p for name, p in model.named_parameters() if p.requires_grad and p not in head}
-    results = {
-        **{name: getattr(args, name) for name in ("task", "method", "optimizer", "score", "seed", "demo")},
-        "metric": task.metric,
-        "best": best,
-        "last": last,
-        "ranks": ranks,
-        "budget": {"b0": budget.initial, "bT": budget.target, "kept": sum(ranks.values())},
-        "trainable_parameters": sum(p.numel() for p in counted.values()),
-        "kept_parameters": sum(living(name, p, layers).numel() for name, p in counted.items()),
-        "seconds": seconds,
-        "steps_per_second": args.total_steps / (seconds - evaluating),
-        "peak_memory_mb": peak_memory_mb(device),
-    }
-    write_json(folder / "results.json", results)
-    print(f"best {task.metric} {best[task.metric]:.4f} at step {best['step']}, last {last[task.metric]:.4f}")
+        # Train, and record.
+        best, last, evaluating = (progress[name] for name in ("best", "last", "evaluating"))
+        started, pending = time.perf_counter() - progress["seconds"], []
+        first_phase, draws = (args.first_lr, args.first_steps), args.mc_samples or 1
+        collate, labels = transformers.DataCollatorWithPadding(tokenizer), labels.to(model.device)
+        lengths = torch.tensor([len(example["input_ids"]) for example in features])
+        by_length = lengths if args.group_by_length else None
+        batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed, by_length)
+        batches = islice(batches, progress["step"], None)
+        steps = range(progress["step"] + 1, args.total_steps + 1)
+        bar = tqdm(steps, args.task, args.total_steps, initial=progress["step"], unit="step", mininterval=1)
+        for t in bar:
+            # One update: a number of draws, each over the same grad_accum micro-batches.
+            lr = learning_rate(t - 1, args.total_steps, args.lr, args.warmup_steps, *first_phase)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = next(batches)
+            batch = batch[lengths[batch].argsort()]  # micro-batches of like length need less padding
+            loss = torch.zeros((), device=model.device)
+            for _ in range(draws):
+                with optimizer.sampled_params(train=True) if args.optimizer == "ivon" else nullcontext():
+                    for micro in batch.split(args.batch_size):
+                        inputs = collate([features[i] for i in micro]).to(model.device)
+                        share = len(micro) / len(batch)
+                        micro_loss = task_loss(model(**inputs).logits, labels[micro]) * share
+                        micro_loss.backward()
+                        loss += micro_loss.detach() / draws
+                    if args.orth:
+                        (args.orth * orthogonality_penalty(layers, squared=args.squared_orth)).backward()
+            optimizer.step()
+            if allocator:
+                allocator.step(t)
+            finite = watched(trained, optimizer)  # looked at together with the loss, so that nothing waits
+            magnitudes = torch.stack([loss, *torch._foreach_norm(list(finite.values()), math.inf)])
+            pending.append(({"step": t, "loss": None, "lr": lr, "budget": budget(t)}, magnitudes))
+            optimizer.zero_grad()
+
+            final, stopping = t == args.total_steps, bool(received)
+            at_evaluation = final or t % args.eval_every == 0
+            at_checkpoint = t % args.checkpoint_every == 0 if args.checkpoint_every else at_evaluation
+            if at_evaluation or at_checkpoint or stopping or len(pending) == FLUSH_EVERY:
+                losses = write_losses(folder / "metrics.jsonl", pending, ["the loss", *finite])
+                so_far = best and f"{best[task.metric]:.4f}"
+                bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", best=so_far)
+                pending = []
+                if args.track_scores:
+                    record_agreement(folder / "score_agreement.jsonl", allocator)
+            if at_evaluation:
+                began = time.perf_counter()
+                last = {"step": t}
+                sigma = sigmas_by_name(model, layers, optimizer)
+                with compact(layers):
+                    try:
+                        evaluated = evaluate(model, validation, args, sigma)
+                    except FloatingPointError as error:
+                        raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
+                    for split, scores in evaluated.items():
+                        line = json.dumps({"step": t, "split": split, **scores})
+                        append(folder / "metrics.jsonl", line + "\n")
+                        first = split == task.validation[0]
+                        ending = "" if first else "_" + split.removeprefix("validation_")
+                        last |= {metric + ending: score for metric, score in scores.items()}
+                    if best is None or last[task.metric] > best[task.metric]:
+                        best = last
+                        save_adapter(folder / "adapter", model, layers, sigma)
+                evaluating += time.perf_counter() - began
+            seconds = time.perf_counter() - started
+            progress = {"step": t, "best": best, "last": last, "seconds": seconds, "evaluating": evaluating}
+            if args.keep_checkpoint if final else at_checkpoint or stopping:
+                save_all()
+            if stopping and not final:
+                raise Interrupted(received[0], f"after step {t}; --resume goes on from there")
+
+        ranks = allocator.ranks() if allocator else dict.fromkeys(layers, args.init_rank)
+        counted = {name: p for name, p in trained.items() if p not in head}
+        same = ("task", "method", "optimizer", "score", "seed", "demo")
+        results = {
+            **{name: settings[name] for name in same},
+            "metric": task.metric,
+            "best": progress["best"],
+            "last": progress["last"],
+            "ranks": ranks,
+            "budget": {"b0": budget.initial, "bT": budget.target, "kept": sum(ranks.values())},
+            "trainable_parameters": sum(p.numel() for p in counted.values()),
+            "kept_parameters": sum(living(name, p, layers).numel() for name, p in counted.items()),
+            "seconds": progress["seconds"],
+            "steps_per_second": args.total_steps / (progress["seconds"] - progress["evaluating"]),
+            "peak_memory_mb": peak_memory_mb(model.device),
+        }
+        write_json(folder / "results.json", results)
+        if not args.keep_checkpoint:
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+    score, at = f"best {task.metric} {best[task.metric]:.4f} at step {best['step']}", last[task.metric]
+    print(f"{score}, last {at:.4f}")
     if allocator:
         print(f"kept {budget.target} of {budget.initial} triplets; rank of each adapter:\n{rank_grid(ranks)}")
     print(f"results in {folder}")
@@ -840,7 +897,8 @@ def load_run(
     tokenizer, model, layers, _, encoder = adapted_model(settings, TASKS[settings.task])
     if settings.encoder not in (None, encoder):
         raise UsageError(f"--model {settings.model} has other weights than the encoder of {run}")
-    return tokenizer, model, layers, load_adapter(run / "adapter", model, layers)
+    with mendable():
+        return tokenizer, model, layers, load_adapter(run / "adapter", model, layers)
 
 
 def evaluate_run(args: argparse.Namespace) -> None:
@@ -861,7 +919,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
         raise UsageError(f"--probabilities: {settings.task} has no classes")
     if folder.resolve() != args.eval_only.resolve() and (folder / "config.json").exists():
         raise UsageError(f"--output_dir {folder} is another run's: give a folder of its own")
-    check_writable([args.predict] if args.predict else [folder / name for name in LEFT_BEHIND[-2:]])
+    for path in [args.predict] if args.predict else [folder / name for name in EVALUATION]:
+        check_writable(path, path)
 
     check_device(settings.device)
     dataset = load_data(settings, names)
@@ -905,27 +964,27 @@ def evaluate_run(args: argparse.Namespace) -> None:
             rows.append(row | where)
             numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
             print(f"{name} {how}:  {numbers}  ({seconds:.2f} s)", flush=True)
-    record_evaluation(folder, rows, saved)
+    folder.mkdir(parents=True, exist_ok=True)
+    with claimed(folder):
+        record_evaluation(folder, rows, saved)
 
 
-def check_writable(paths: list[Path]) -> None:
-    """Raise UsageError unless a regular file can be written at each path, or its folder be made."""
-    for path in paths:
-        there = next(parent for parent in path.absolute().parents if parent.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)) or (path.exists() and not path.is_file()):
-            raise UsageError(f"{path} cannot be written")
+def check_writable(path: Path, what: object) -> None:
+    """Raise UsageError, of `what`, unless a file can be written at the path, or its folder be made."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)) or (path.exists() and not path.is_file()):
+        raise UsageError(f"{what} cannot be written")
 
 
 def record_evaluation(folder: Path, rows: list[dict], predictions: dict[str, Tensor]) -> None:
     """evaluation.json and predictions.safetensors; what they hold of other splits stays."""
-    folder.mkdir(parents=True, exist_ok=True)
-    evaluation, tensors = folder / "evaluation.json", folder / "predictions.safetensors"
+    evaluation, tensors = (folder / name for name in EVALUATION)
     now = {row["split"] for row in rows}
     try:
         before = json.loads(evaluation.read_text())["evaluations"]
         others = [row for row in before if row["split"] not in now]
         old = {name: t for name, t in read_tensors(tensors)[0].items() if name.split(".")[0] not in now}
-    except (OSError, ValueError, KeyError, TypeError, UsageError):  # none yet, or damaged: nothing to keep
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or damaged: nothing to keep
         others, old = [], {}
     rows, predictions = others + rows, old | predictions
     write_tensors(tensors, predictions, {"evaluations": json.dumps(rows)})  # so that they can be told apart
@@ -936,8 +995,9 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
-        args = parse_args(argv)
-        (evaluate_run if args.eval_only else run)(args)
+        with on_signals(end_at_once):
+            args = parse_args(argv)
+            (evaluate_run if args.eval_only else run)(args)
     except UsageError as error:
         # One line, whatever a library says.
         print("run_glue.py: error:", *str(error).split(), file=sys.stderr)
@@ -947,14 +1007,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run_glue.py: error: out of memory: give {mend}", file=sys.stderr)
         return 2
     except NotFinite as error:
-        print(f"run_glue.py: stopped: {error}", file=sys.stderr)
+        kept = next(iter(checkpoints(args.output_dir / "checkpoint").values()))
+        print(f"run_glue.py: stopped: {error}; the checkpoint of step {kept} is kept", file=sys.stderr)
         return 3
     except OSError as error:
         print(f"run_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("run_glue.py: interrupted", file=sys.stderr)
-        return 130
+    except Interrupted as interruption:
+        signum, where = interruption.args
+        print(f"run_glue.py: {signal.Signals(signum).name} {where}".rstrip(), file=sys.stderr)
+        return 128 + signum
     return 0
 
 

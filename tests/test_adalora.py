@@ -5,12 +5,16 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    AutoModel,
     AutoModelForSequenceClassification,
     BertConfig,
+    ConvBertConfig,
     DebertaV2Config,
     DistilBertConfig,
     ElectraConfig,
+    GPT2Config,
     RobertaConfig,
+    SqueezeBertConfig,
 )
 
 from adalora import TARGETS, LoRALinear, SVDLinear, inject, linear_maps, orthogonality_penalty
@@ -212,6 +216,71 @@ def test_a_target_that_is_not_there_is_an_error_that_lists_what_is_and_changes_n
 def test_a_target_that_is_no_linear_map_is_an_error():
     with pytest.raises(ValueError, match="BertSelfOutput"):
         inject(encoder("bert"), ["attention.output"], rank=3, alpha=32)
+
+
+GROUPED = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
+GROUPED |= {"num_attention_heads": 2, "embedding_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "target", "kind"),
+    [
+        (GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2), "c_attn", "Conv1D"),
+        (ConvBertConfig(**GROUPED, num_groups=2), "intermediate.dense", "GroupedLinearLayer"),
+        (SqueezeBertConfig(**GROUPED), "intermediate.conv1d", "ConvLayer|Conv1d|MatMul"),
+    ],
+    ids=["Conv1D", "grouped", "convolution"],
+)
+def test_maps_that_are_not_linear_modules_are_refused_in_one_line(config, target: str, kind: str):
+    with pytest.raises(ValueError, match=kind) as error:
+        inject(AutoModel.from_config(config), [target], rank=3, alpha=32)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tie", ["one module in two places", "two modules with one weight", "an embedding"])
+def test_a_tied_map_is_refused_in_one_line_and_nothing_is_changed(tie: str):
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "tokens": nn.Embedding(4, 4)})
+    if tie == "one module in two places":
+        model["b"] = model["a"]
+    elif tie == "two modules with one weight":
+        model["b"].weight = model["a"].weight
+    else:
+        model["a"].weight = model["tokens"].weight
+    with pytest.raises(ValueError, match=r"\Aa is tied to (b|tokens)\.weight: [^\n]*\Z"):
+        inject(model, ["a"], rank=2, alpha=2)
+    assert all(p.requires_grad for p in model.parameters())
+    assert type(model["a"]) is nn.Linear
+
+
+class EightBit(nn.Linear):
+    """As quantisation libraries have it: an nn.Linear whose weight is int8, with a scale of its own."""
+
+    def __init__(self, d_in: int, d_out: int):
+        super().__init__(d_in, d_out, bias=False)
+        self.register_buffer("scale", self.weight.detach().abs().max() / 127)
+        codes = (self.weight.detach() / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x.bfloat16() @ (self.weight.bfloat16() * self.scale.bfloat16()).T).to(x.dtype)
+
+
+@pytest.mark.parametrize("kind", ["svd", "lora"])
+def test_a_frozen_quantised_base_works(kind: str):
+    torch.manual_seed(0)
+    model = nn.Sequential(EightBit(6, 5), nn.Tanh(), EightBit(5, 3))
+    x, codes = torch.randn(7, 6), model[0].weight.clone()
+    before = model(x)
+    layers = inject(model, ["0", "2"], rank=2, alpha=4, kind=kind)
+    assert torch.equal(model(x), before)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(20):
+        loss = (model(x) - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * (before - 1).square().mean()
+    assert torch.equal(layers["0"].base.weight, codes)
 
 
 def test_plain_lora_cannot_have_rank_0():
