@@ -560,6 +560,10 @@ def adapted_model(args: argparse.Namespace, task: Task) -> Adapted:
         if args.targets is None:
             maps = ", ".join(linear_maps(model))
             raise UsageError(f"a {model.config.model_type} model needs --targets; its linear maps are {maps}")
+        widest = max(min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+        if args.init_rank > widest:
+            flag = "init_rank" if args.method == "adalora" else "target_rank"
+            raise UsageError(f"--{flag} {args.init_rank} is above {widest}, the most a map of this model has")
         kind = "svd" if args.method == "adalora" else "lora"
         try:
             layers = inject(model, args.targets, args.init_rank, args.alpha, kind=kind)

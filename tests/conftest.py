@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model
+from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, ElectraConfig, ElectraModel
 
 torch.set_num_threads(1)
 
@@ -109,3 +109,18 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(vocabulary), **SIZES)).save_pretrained(folder)
     return folder
+
+
+def electra_checkpoint(bert: Path, folder: Path) -> Path:
+    """An encoder of an architecture that adalora.py has no targets for."""
+    config = ElectraConfig(
+        vocab_size=40,
+        embedding_size=16,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    ElectraModel(config).save_pretrained(folder / "electra")
+    (folder / "electra/vocab.txt").write_text((bert / "vocab.txt").read_text())
+    return folder / "electra"

@@ -3,17 +3,15 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import write_glue
+from conftest import electra_checkpoint, write_glue
 from safetensors.torch import load_file
 
 from adalora import TARGETS, inject
@@ -338,20 +336,6 @@ def test_an_architecture_without_defaults_runs_with_targets(glue_folder: Path, b
     assert len(read(tmp_path / "run")[1]["ranks"]) == 2 * 3
 
 
-def electra_checkpoint(bert: Path, folder: Path) -> Path:
-    config = transformers.ElectraConfig(
-        vocab_size=40,
-        embedding_size=16,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-    )
-    transformers.ElectraModel(config).save_pretrained(folder / "electra")
-    (folder / "electra/vocab.txt").write_text((bert / "vocab.txt").read_text())
-    return folder / "electra"
-
-
 def test_a_finished_run_is_overwritten_only_when_told_to(
     bert: Path, glue_folder: Path, tmp_path: Path, capsys
 ):
@@ -521,173 +505,6 @@ def test_the_rank_grid_has_a_row_a_layer_and_a_column_a_module():
         ["0", "1", "0"],
         ["11", "12"],
     ]
-
-
-# --- what is refused ----------------------------------------------------------------------------------------
-
-REFUSED = {
-    "no task": ([], "--task"),
-    "unknown task": (["--task", "wnli"], "wnli"),
-    "unknown score": (["--task", "cola", "--score", "magnitude"], "magnitude"),
-    "unknown optimizer": (["--task", "cola", "--optimizer", "sgd"], "sgd"),
-    "unknown method": (["--task", "cola", "--method", "dora"], "dora"),
-    "unknown flag": (["--task", "cola", "--learning_rate", "1"], "--learning_rate"),
-    "an abbreviated flag": (["--task", "cola", "--max_step", "1"], "--max_step"),
-    **{
-        f"{score} with adamw": (
-            ["--task", "cola", "--optimizer", "adamw", "--score", score],
-            "--optimizer ivon",
-        )
-        for score in ("snr_abs", "snr", "inv_sigma")
-    },
-    **{
-        f"{flag} with adamw": (["--task", "cola", "--optimizer", "adamw", flag, "2"], flag)
-        for flag in ("--mc_samples", "--ess", "--hess_init", "--clip_radius")
-    },
-    "a score with lora": (["--demo", "--method", "lora", "--score", "mu"], "--score"),
-    "γ = 0 with lora": (["--demo", "--method", "lora", "--orth", "0"], "--orth"),
-    "half a rank with lora": (["--demo", "--method", "lora", "--target_rank", "0.5"], "--target_rank 0.5"),
-    "lora at rank 0": (["--demo", "--method", "lora", "--target_rank", "0"], "--target_rank 0"),
-    "followed scores with lora": (["--demo", "--method", "lora", "--track_scores"], "--track_scores"),
-    "a rank with full": (["--demo", "--method", "full", "--target_rank", "2"], "--target_rank"),
-    "adapters' maps with full": (["--demo", "--method", "full", "--targets", "query_proj"], "--targets"),
-    "more tokens than the model takes": (["--demo", "--max_length", "1000"], "--max_length 1000"),
-    "a seed beyond 64 bits": (["--demo", "--seed", str(2**70)], "--seed"),
-    "a device without data": (["--demo", "--device", "meta"], "--device meta"),
-    "a device that torch knows of": (["--demo", "--device", "hpu"], "--device hpu"),
-    "another task's demo": (["--demo", "--task", "rte"], "cola"),
-    "a demo with another model": (["--demo", "--model", "x"], "--model"),
-    "target above start": (["--demo", "--target_rank", "4", "--init_rank", "3"], "--init_rank 3"),
-    "negative rank": (["--demo", "--target_rank", "-1"], "--target_rank"),
-    "no pruning steps": (["--demo", "--max_steps", "100", "--tinit", "60", "--tfinal", "40"], "--tinit"),
-    "no pruning steps in the Hub's data": (
-        ["--task", "rte", "--tinit", "2000", "--tfinal", "1900"],
-        "--tfinal",
-    ),
-    "t_i beyond the end": (["--demo", "--max_steps", "10", "--tinit", "60"], "--tinit"),
-    "no interval": (["--demo", "--delta_t", "0"], "--delta_t"),
-    "no steps": (["--demo", "--max_steps", "0"], "--max_steps"),
-    "half a step": (["--demo", "--max_steps", "1.5"], "--max_steps"),
-    "no epochs": (["--demo", "--epochs", "0"], "--epochs"),
-    "a learning rate that is none": (["--demo", "--lr", "fast"], "--lr"),
-    "an infinite learning rate": (["--demo", "--lr", "inf"], "--lr"),
-    "beta2 of 1": (["--demo", "--beta2", "1"], "--beta2"),
-    "no ess": (["--demo", "--ess", "0"], "--ess"),
-    "no batch": (["--demo", "--batch_size", "0"], "--batch_size"),
-    "unknown device": (["--demo", "--device", "abacus"], "--device abacus"),
-    "a target that is not there": (["--demo", "--targets", "q_proj"], "query_proj"),
-    "no such data folder": (["--task", "rte", "--data_dir", "nowhere"], "nowhere/RTE/train.tsv"),
-    "no such model folder": (
-        ["--task", "cola", "--data_dir", str(HERE / "demo"), "--model", "./nowhere"],
-        "./nowhere",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_bad_input_is_refused_in_one_line_with_status_2_and_nothing_written(
-    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    argv, named = REFUSED[case]
-    monkeypatch.chdir(tmp_path)
-    assert main(argv) == 2
-    check_refusal(capsys.readouterr().err, named, tmp_path)
-
-
-def check_refusal(stderr: str, named: str, folder: Path) -> None:
-    assert stderr.count("\n") == 1, stderr
-    assert stderr.startswith("run_glue.py: error: ")
-    assert named in stderr
-    assert not list(folder.rglob("runs"))
-
-
-@pytest.mark.parametrize(
-    ("removed", "named"),
-    [("pytorch_model.bin", "weights"), ("spm.model", "tokenizer"), ("config.json", "config.json")],
-)
-def test_a_model_folder_without_a_part_is_refused_by_that_part(
-    removed: str, named: str, deberta: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    (tmp_path / "model").mkdir()
-    for file in deberta.iterdir():
-        if file.name != removed:
-            (tmp_path / "model" / file.name).write_bytes(file.read_bytes())
-    assert main(command(tmp_path / "model", glue_folder, tmp_path / "runs")) == 2
-    check_refusal(capsys.readouterr().err, named, tmp_path)
-
-
-@pytest.mark.parametrize(
-    "damage", ["half the weights", "another model's weights", "half a config", "another tokenizer"]
-)
-def test_a_damaged_model_folder_is_refused(
-    damage: str, deberta: Path, bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    model = tmp_path / "model"
-    model.mkdir()
-    for file in deberta.iterdir():
-        (model / file.name).write_bytes(file.read_bytes())
-    weights, config = model / "pytorch_model.bin", model / "config.json"
-    if damage == "half the weights":
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    elif damage == "another model's weights":
-        torch.save({"bert.pooler.dense.bias": torch.zeros(16)}, weights)
-    elif damage == "half a config":
-        config.write_text(config.read_text()[:100])
-    else:
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"vocab_size": 40}))
-    assert main(command(model, glue_folder, tmp_path / "runs")) == 2
-    check_refusal(capsys.readouterr().err, str(model), tmp_path)
-
-
-def test_an_architecture_without_defaults_is_refused_with_the_maps_it_has(
-    bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    assert main(command(electra_checkpoint(bert, tmp_path), glue_folder, tmp_path / "runs")) == 2
-    check_refusal(capsys.readouterr().err, "attention.self.query", tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        ("gj04\t1\tThe cat.\n", "dev.tsv:1: 3 columns"),
-        ("gj04\t2\t\tThe cat.\n", "dev.tsv:1: '2'"),
-        ("", "dev.tsv has no"),
-    ],
-)
-def test_bad_data_is_refused_by_file_and_line(
-    content: str, named: str, bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
-):
-    (glue_folder / "CoLA/dev.tsv").write_text(content)
-    assert main(command(bert, glue_folder, tmp_path / "runs")) == 2
-    check_refusal(capsys.readouterr().err, named, tmp_path)
-
-
-def test_an_output_folder_that_is_a_file_is_refused(bert: Path, glue_folder: Path, tmp_path: Path, capsys):
-    (tmp_path / "taken").write_text("mine")
-    assert main(command(bert, glue_folder, tmp_path / "taken")) == 2
-    check_refusal(capsys.readouterr().err, "--output_dir", tmp_path)
-    assert (tmp_path / "taken").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    "known", [[], ["--data_dir", str(HERE / "demo")]], ids=["data and model", "model alone"]
-)
-def test_a_hub_that_does_not_answer_is_said_within_seconds(known: list[str], tmp_path: Path):
-    with socket.socket() as listener:  # accepts, and never answers
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{listener.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
-        start = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, str(HERE / "run_glue.py"), "--task", "cola", *known],
-            cwd=tmp_path, env=os.environ | hub, capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        seconds = time.monotonic() - start
-    assert done.returncode == 2
-    check_refusal(done.stderr, "--demo", tmp_path)
-    assert "--model" in done.stderr
-    assert "--data_dir" in done.stderr
-    assert seconds < 20  # 3 of them waiting, the rest importing on a machine that may be busy
 
 
 # --- real data, a real encoder ------------------------------------------------------------------------------
