@@ -19,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -104,8 +105,8 @@ def export(args: argparse.Namespace) -> None:
             write_peft(beside, model, layers, settings)
         beside.chmod(0o755)
         beside.replace(args.folder)
-    except OSError as error:
-        raise UsageError(f"{args.folder} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{args.folder} cannot be written: {error}") from None
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     print(args.folder)

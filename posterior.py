@@ -12,8 +12,8 @@ from N(m, diag(τσ²)) with a temperature τ.
 """
 
 import csv
+import io
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from checkpoint import write_whole
 from metrics import calibration, task_metrics
 
 
@@ -124,10 +125,9 @@ def write_submission(
     rows = predictions.clamp(0, 5).tolist()
     if predictions.ndim == 2:
         rows = [written[i] for i in predictions.argmax(-1)]
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", newline="") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-        writer.writerow(["index", "prediction", *probabilities])
-        for i, row, p in zip(index, rows, predictions.tolist(), strict=True):
-            writer.writerow([i, row, *(p if probabilities else ())])
-    os.replace(beside, path)
+    file = io.StringIO(newline="")
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerow(["index", "prediction", *probabilities])
+    for i, row, p in zip(index, rows, predictions.tolist(), strict=True):
+        writer.writerow([i, row, *(p if probabilities else ())])
+    write_whole(path, file.getvalue().encode())

@@ -923,6 +923,8 @@ def evaluate_run(args: argparse.Namespace) -> None:
         raise UsageError(f"--probabilities: {settings.task} has no classes")
     if folder.resolve() != args.eval_only.resolve() and (folder / "config.json").exists():
         raise UsageError(f"--output_dir {folder} is another run's: give a folder of its own")
+    if args.predict and not args.predict.absolute().parent.is_dir():
+        raise UsageError(f"--predict {args.predict}: there is no folder {args.predict.parent}")
     for path in [args.predict] if args.predict else [folder / name for name in EVALUATION]:
         check_writable(path, path)
 

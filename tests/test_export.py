@@ -1,7 +1,10 @@
 """export.py: PEFT and transformers load what it writes, and say what our model says."""
 
 import json
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import peft
@@ -167,3 +170,17 @@ def test_a_damaged_run_is_refused(finished: Path, tmp_path: Path, capsys):
         assert export.main(["merged", str(run), str(tmp_path / "x")]) == 2
         assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("form", ["merged", "peft"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(form: str, finished: Path, tmp_path: Path):
+    """The kernel's own refusal: no file may be larger than 1 kB."""
+    argv = [sys.executable, str(Path(export.__file__)), form, str(finished), str(tmp_path / "new")]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, timeout=120,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)),
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("export.py: error: ")
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
