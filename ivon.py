@@ -8,9 +8,9 @@
         opt.step()                              # several blocks before a step: the mean of these samples
 
 The posterior is q(θ) = N(m, diag(σ²)) with σ² = 1/(ess·(h + δ)). Outside a sampled block the parameters are
-the mean m. Per parameter, `state[p]` holds the momentum `g` and the Hessian estimate `h`. The arithmetic is
-done on one flat vector for all parameters of one group, dtype and device, so a step is a few dozen operations
-whatever the model.
+the mean m. Per parameter, `state[p]` holds the momentum `g` and the Hessian estimate `h`: views of two flat
+vectors for all parameters of one group, dtype and device, so that an update is some two dozen operations
+whatever the model. None of them waits for the device.
 
 [S] Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024.
 """
@@ -29,23 +29,47 @@ from torch._utils import _unflatten_dense_tensors as unflatten
 
 def posterior_sigma(h: Tensor, ess: float, delta: float) -> Tensor:
     """σ = 1/√(ess·(h + δ)). Source: [S] algorithm 1."""
-    return (ess * (h + delta)).rsqrt()
+    return (h + delta).mul_(ess).rsqrt_()
 
 
-def hessian_estimate(g_hat: Tensor, deviation: Tensor, sigma: Tensor) -> Tensor:
-    """ĥ = ĝ·(θ − m)/σ², Price's (or Stein's) identity for one draw. Source: [S] algorithm 1."""
-    return g_hat * deviation / sigma**2
+def update_hessian_(h: Tensor, h_hat: Tensor, precision: Tensor, beta2: float) -> None:
+    """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ): positive whatever ĥ is. Source: [S] algorithm 1.
+
+    `precision` is h + δ. The memory of ĥ is used up.
+    """
+    change = h_hat.sub_(h).mul_(1 - beta2)  # (1 − β2)(ĥ − h)
+    h.add_(change).addcdiv_(change.square_(), precision, value=0.5)
 
 
-def updated_hessian(h: Tensor, h_hat: Tensor, beta2: float, delta: float) -> Tensor:
-    """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ): positive whatever ĥ is. Source: [S] algorithm 1."""
-    change = (1 - beta2) * (h_hat - h)
-    return h + change + 0.5 * change**2 / (h + delta)
+def update_mean_(m: Tensor, g: Tensor, precision: Tensor, delta: float, bias: float, alpha: float, xi: float):
+    """m ← m − α·clip((ḡ + δ m)/(h + δ), ±ξ) with ḡ = g/bias. Source: [S] algorithm 1, its code's clip.
+
+    `precision` is h + δ. The bias is taken out of the fraction: one pass over the parameters less.
+    """
+    change = torch.add(g, m, alpha=delta * bias).div_(precision)
+    m.add_(change.clamp_(-xi * bias, xi * bias), alpha=-alpha / bias)
 
 
-def updated_mean(m: Tensor, g_bar: Tensor, h: Tensor, alpha: float, delta: float, xi: float) -> Tensor:
-    """m ← m − α·clip((ḡ + δ m)/(h + δ), ±ξ). Source: [S] algorithm 1, with the clip of its released code."""
-    return m - alpha * ((g_bar + delta * m) / (h + delta)).clamp(-xi, xi)
+class Flat:
+    """Some parameters as one vector: their g and h, which the optimizer's state has views of, and room for
+    the mean m and a draw θ. Views and room are kept: to make them takes longer than the arithmetic.
+    """
+
+    def __init__(self, params: list[Tensor], states: list[dict[str, Tensor]]):
+        self.params = params
+        self.g, self.h = (flatten([state[name] for state in states]).clone() for name in ("g", "h"))
+        self.m, self.theta = torch.empty_like(self.g), torch.empty_like(self.g)
+        self.g_views, self.h_views = unflatten(self.g, params), unflatten(self.h, params)
+        self.m_views, self.theta_views = unflatten(self.m, params), unflatten(self.theta, params)
+        for state, g, h in zip(states, self.g_views, self.h_views, strict=True):
+            state.update(g=g, h=h)
+
+    def holds(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
+        """Whether these are the parameters, and their states still the views (not loaded or replaced)."""
+        return len(params) == len(self.params) and all(
+            p is q and state.get("g") is g and state.get("h") is h and p.shape == h.shape
+            for p, q, state, g, h in zip(params, self.params, states, self.g_views, self.h_views, strict=True)
+        )
 
 
 class IVON(torch.optim.Optimizer):
@@ -90,8 +114,9 @@ class IVON(torch.optim.Optimizer):
             raise ValueError(f"mc_samples must be at least 1, not {mc_samples}")
         self.mc_samples, self.sync = mc_samples, sync
         self._sampled = False  # whether inside a block
-        # Of each block since the last step: every parameter's ĝ and θ − m.
-        self._draws: list[dict[Tensor, tuple[Tensor, Tensor]]] = []
+        # Of each block since the last step: parameters, their gradients, and θ − m as one vector.
+        self._draws: list[list[tuple[list[Tensor], list[Tensor | None], Tensor]]] = []
+        self._flats: dict[tuple, Flat] = {}
         defaults = {"lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2}
         defaults |= {"weight_decay": weight_decay, "hess_approx": hess_approx, "clip_radius": clip_radius}
         super().__init__(params, defaults | {"debias": debias, "rescale_lr": rescale_lr, "step": 0})
@@ -132,33 +157,29 @@ class IVON(torch.optim.Optimizer):
             )
         if self._sampled:
             raise RuntimeError("sampled_params cannot be entered inside another sampled_params block")
-        buckets = []  # parameters, their mean and their deviation from it
+        flats, draw = [], []
         grads = {p: p.grad for _, params in self._buckets() for p in params} if train else {}
         self._sampled = True
         try:
-            for group, params in self._buckets():
-                mean, deviation = self._sample(group, params, temperature)
-                buckets.append((params, mean, deviation))
+            for group, flat in self._flat_buckets():
+                deviation = self._draw(flat, group, temperature)
+                flats.append(flat)  # from here on its mean is put back, whatever happens
                 with torch.no_grad():
-                    torch._foreach_copy_(params, unflatten(mean + deviation, params))
+                    torch._foreach_copy_(flat.params, flat.theta_views)
+                draw.append((flat.params, deviation))
             for p in grads:
                 p.grad = None
             yield
             if train:
-                self._draws.append({
-                    p: (p.grad, part)
-                    for params, _, deviation in buckets
-                    for p, part in zip(params, unflatten(deviation, params), strict=True)
-                    if p.grad is not None
-                })  # fmt: skip
+                self._draws.append([(params, [p.grad for p in params], part) for params, part in draw])
                 grads = dict.fromkeys(grads)
         finally:
             self._sampled = False
             for p, grad in grads.items():
                 p.grad = grad
             with torch.no_grad():
-                for params, mean, _ in buckets:
-                    torch._foreach_copy_(params, unflatten(mean, params))
+                for flat in flats:
+                    torch._foreach_copy_(flat.params, flat.m_views)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -172,28 +193,35 @@ class IVON(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = sum(closure() for _ in range(self.mc_samples)) / self.mc_samples
-        if not self._draws:
+        if not self._draws or self._sampled:
             raise RuntimeError(
-                "IVON's step needs gradients from inside `with optimizer.sampled_params(train=True)`"
+                "IVON's step comes after `with optimizer.sampled_params(train=True)`, which has the gradients"
             )
         for group in self.param_groups:
             group["step"] += 1
+        given = {
+            p
+            for params, grads, _ in (bucket for draw in self._draws for bucket in draw)
+            for p, grad in zip(params, grads, strict=True)
+            if grad is not None
+        }
         # Processes that reduce together have to agree on the parameters, whichever got a gradient here.
-        for group, params in self._buckets(among=None if self.sync else set().union(*self._draws)):
-            self._update(group, params)
+        for group, flat in self._flat_buckets(among=None if self.sync else given):
+            self._update(flat, group)
         self._draws.clear()
         return loss
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self._draws.clear()
+        self._flats.clear()
 
     def __getstate__(self) -> dict:
         """For copying; between steps, when there are no draws to take along."""
         return super().__getstate__() | {"mc_samples": self.mc_samples, "sync": self.sync}
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__({"_sampled": False, "_draws": []} | state)
+        super().__setstate__({"_sampled": False, "_draws": [], "_flats": {}} | state)
 
     def sigma(self, param: Tensor) -> Tensor:
         """The posterior standard deviation σ of one parameter, in its shape. ValueError if it is not ours."""
@@ -227,46 +255,76 @@ class IVON(torch.optim.Optimizer):
             self.state[p]["h"] = torch.full_like(p, group["hess_init"], memory_format=torch.contiguous_format)
         return self.state[p]
 
+    def _flat_buckets(self, among: Collection[Tensor] | None = None) -> Iterator[tuple[dict, Flat]]:
+        for group, params in self._buckets(among):
+            states = [self._state(p, group) for p in params]
+            key = (id(group), params[0].device, params[0].dtype)
+            if key not in self._flats or not self._flats[key].holds(params, states):
+                self._flats[key] = Flat(params, states)
+            yield group, self._flats[key]
+
     @torch.no_grad()
-    def _sample(self, group: dict, params: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-        """The mean m and a deviation θ − m = √τ·σ·ε of some parameters of a group, each as a flat vector."""
-        mean = flatten(params).clone()  # flattening a single tensor gives a view of it
-        h = flatten([self._state(p, group)["h"] for p in params])
-        sigma = posterior_sigma(h, group["ess"], group["weight_decay"])
-        deviation = torch.randn_like(mean) * sigma * sqrt(temperature)
-        return mean, deviation
+    def _draw(self, flat: Flat, group: dict, temperature: float) -> Tensor:
+        """Note the mean m and a draw θ; returns the deviation θ − m = √τ·σ·ε."""
+        torch._foreach_copy_(flat.m_views, flat.params)
+        deviation = posterior_sigma(flat.h, group["ess"], group["weight_decay"])
+        deviation.mul_(flat.theta.normal_())
+        if temperature != 1:
+            deviation.mul_(sqrt(temperature))
+        torch.add(flat.m, deviation, out=flat.theta)
+        return deviation
 
-    def _estimates(self, params: list[Tensor], sigma: Tensor, group: dict) -> tuple[Tensor, Tensor]:
-        """ĝ and ĥ, flat: means over blocks and, with `sync`, processes; a gradient not given counts as 0."""
-        totals = torch.zeros(2, sigma.numel(), dtype=sigma.dtype, device=sigma.device)
-        for draw in self._draws:
-            none = {p: (torch.zeros_like(p),) * 2 for p in params if p not in draw}
-            grads, deviations = zip(*(draw.get(p) or none[p] for p in params), strict=True)
-            g_hat = flatten(grads)
-            price = group["hess_approx"] == "price"
-            h_hat = hessian_estimate(g_hat, flatten(deviations), sigma) if price else group["ess"] * g_hat**2
-            totals += torch.stack([g_hat, h_hat])
-        totals /= len(self._draws)
+    def _gathered(self, draw: list, flat: Flat) -> tuple[Tensor, Tensor]:
+        """ĝ, until the next call, and θ − m of one draw, flat; a gradient that was not given counts as 0."""
+        for params, grads, deviation in draw:
+            if params is flat.params and not any(grad is None for grad in grads):
+                torch._foreach_copy_(flat.theta_views, grads)
+                return flat.theta, deviation
+        parts = {
+            p: (grad, part)
+            for params, grads, deviation in draw
+            for p, grad, part in zip(params, grads, unflatten(deviation, params), strict=True)
+            if grad is not None
+        }
+        found = [parts.get(p) or (torch.zeros_like(p), torch.zeros_like(p)) for p in flat.params]
+        g_hat, deviation = (flatten(part) for part in zip(*found, strict=True))
+        return g_hat, deviation
+
+    def _estimates(self, flat: Flat, group: dict, precision: Tensor) -> tuple[Tensor, Tensor]:
+        """ĝ and ĥ of some parameters, flat: means over blocks and, with `sync`, over processes."""
+        price, n = group["hess_approx"] == "price", len(self._draws)
+        for i, draw in enumerate(self._draws):
+            g, deviation = self._gathered(draw, flat)
+            product = deviation.mul_(g) if price else g.square()
+            if i == 0:
+                g_hat, h_hat = g if n == 1 else g.clone(), product
+            else:
+                g_hat, h_hat = g_hat.add_(g), h_hat.add_(product)
+        if n > 1:
+            g_hat, h_hat = g_hat.div_(n), h_hat.div_(n)
         if self.sync and dist.is_initialized():
-            dist.all_reduce(totals)
-            totals /= dist.get_world_size()
-        return totals[0], totals[1]
+            both = torch.stack([g_hat, h_hat])
+            dist.all_reduce(both)
+            g_hat, h_hat = both.div_(dist.get_world_size())
+        # ĥ = ĝ·(θ − m)/σ², Price's (or Stein's) identity for one draw, with 1/σ² = ess·(h + δ); or ess·ĝ².
+        return g_hat, (h_hat.mul_(precision) if price else h_hat).mul_(group["ess"])
 
-    def _update(self, group: dict, params: list[Tensor]) -> None:
-        """One step for one bucket: ĝ and ĥ, then g, h, ḡ and m."""
-        ess, delta, beta1 = group["ess"], group["weight_decay"], group["beta1"]
-        states = [self._state(p, group) for p in params]
-        g_state, h_state = [state["g"] for state in states], [state["h"] for state in states]
-        g, h = flatten(g_state), flatten(h_state)
-        g_hat, h_hat = self._estimates(params, posterior_sigma(h, ess, delta), group)
-
-        g = beta1 * g + (1 - beta1) * g_hat
-        h = updated_hessian(h, h_hat, group["beta2"], delta)
-        g_bar = g / (1 - beta1 ** group["step"]) if group["debias"] else g
+    def _update(self, flat: Flat, group: dict) -> None:
+        """One step for some parameters: g, h and m. Source: [S] algorithm 1."""
+        delta, beta1 = group["weight_decay"], group["beta1"]
+        precision = torch.add(flat.h, delta, out=flat.m)
+        g_hat, h_hat = self._estimates(flat, group, precision)
+        flat.g.lerp_(g_hat, 1 - beta1)  # g ← β1 g + (1 − β1) ĝ
+        update_hessian_(flat.h, h_hat, precision, group["beta2"])
+        precision = torch.add(flat.h, delta, out=h_hat)
+        torch._foreach_copy_(flat.m_views, flat.params)
+        bias = 1 - beta1 ** group["step"] if group["debias"] else 1
         alpha = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1)
-        m = updated_mean(flatten(params), g_bar, h, alpha, delta, group["clip_radius"])
-
-        for destination, flat in ((g_state, g), (h_state, h), (params, m)):
-            torch._foreach_copy_(destination, unflatten(flat, params))
-        for p, grad in zip(params, unflatten(g_hat, params), strict=True):
+        update_mean_(flat.m, flat.g, precision, delta, bias, alpha, group["clip_radius"])
+        torch._foreach_copy_(flat.params, flat.m_views)
+        if g_hat is flat.theta:  # a copy of the only draw's gradients
+            grads = next(grads for params, grads, _ in self._draws[0] if params is flat.params)
+        else:
+            grads = unflatten(g_hat, flat.params)
+        for p, grad in zip(flat.params, grads, strict=True):
             p.grad = grad

@@ -1100,14 +1100,14 @@ def test_sigma_of_a_parameter_frozen_after_training_is_still_there():
 def test_a_failure_while_the_draw_is_made_leaves_the_mean(monkeypatch: pytest.MonkeyPatch):
     params = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2, dtype=torch.float64))]
     opt, before = IVON(params, lr=0.1, ess=1.0), [bits(p) for p in params]
-    draw = torch.randn_like
+    draw = Tensor.normal_
 
-    def out_of_memory(like: Tensor) -> Tensor:
-        if like.dtype == torch.float64:
+    def out_of_memory(self: Tensor) -> Tensor:
+        if self.dtype == torch.float64:
             raise MemoryError
-        return draw(like)
+        return draw(self)
 
-    monkeypatch.setattr(torch, "randn_like", out_of_memory)
+    monkeypatch.setattr(Tensor, "normal_", out_of_memory)
     with pytest.raises(MemoryError), opt.sampled_params(train=True):
         pass
     assert [bits(p) for p in params] == before
