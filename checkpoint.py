@@ -7,7 +7,7 @@
     restore(state, model, optimizer, allocator)
 
 A checkpoint is one file, `step-200-1c291ca3.pt`: its step and the CRC-32 of its bytes. It is written beside
-and renamed into place, and the one before it is kept, so that a process may be killed at any instant, and a
+and renamed into place, and the one before it is kept, so that a process may be killed at any instant, and one
 file be cut short or altered, without the run being lost. Tensors are read from safetensors files, or by torch
 with `weights_only=True`: no code can hide in them.
 """
@@ -17,12 +17,14 @@ import fcntl
 import io
 import json
 import os
+import random
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -33,6 +35,7 @@ from ivon import IVON
 from vilora import RankAllocator
 
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{8})\.pt")
+CONTENTS = {"config", "progress", "files", "model", "optimizer", "allocator", "random"}
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -124,17 +127,26 @@ def load_checkpoint(folder: Path) -> tuple[dict | None, list[Path]]:
     """
     damaged = []
     for path in checkpoints(folder):
-        content = path.read_bytes()
-        if zlib.crc32(content) == int(NAME.fullmatch(path.name)[2], 16):
-            with contextlib.suppress(Exception):  # what is no state of tensors and numbers counts as damaged
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True), damaged
+        try:
+            content = path.read_bytes()
+            if zlib.crc32(content) == int(NAME.fullmatch(path.name)[2], 16):
+                state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                if isinstance(state, dict) and state.keys() >= CONTENTS:
+                    return state, damaged
+        except MemoryError:
+            raise
+        except Exception:  # no file, no state, or one that needs code to be read: damaged as well
+            pass
         damaged.append(path)
     return None, damaged
 
 
-def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Of torch's generators that a run on this device draws from."""
-    states = {"cpu": torch.get_rng_state()}
+def random_states(device: torch.device) -> dict[str, object]:
+    """Of all generators that a run on this device may draw from."""
+    # numpy's global one: a model of one's own may use it.
+    kind, keys, *rest = np.random.get_state()  # noqa: NPY002
+    states = {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest)}
+    states["cpu"] = torch.get_rng_state()
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
@@ -142,7 +154,9 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
     return states
 
 
-def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+def set_random_states(states: Mapping[str, object], device: torch.device) -> None:
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])  # noqa: NPY002
     torch.set_rng_state(states["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(states["cuda"], device)

@@ -74,7 +74,7 @@ SHAPE = "total_steps batch_size grad_accum max_length eval_every group_by_length
 # these cannot change a result, but for rounding, or follow from others,
 IGNORED = (
     "seed epochs max_steps output_dir overwrite device eval_batch_size track_scores eval_samples temperature "
-    "resume checkpoint_every keep_checkpoint encoder train_data versions git_commit device_name threads"
+    "resume resumed checkpoint_every keep_checkpoint encoder data versions git_commit device_name threads"
 ).split()
 IGNORED += EVAL_ONLY_FLAGS
 # and everything else counts where it is not what the task's settings make of the rest (`departures`).
@@ -134,7 +134,7 @@ def print_commands(args: argparse.Namespace) -> None:
             name = Path(wanted["output_dir"]).name
             names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
             free = next(n for n in names if not (args.missing / n / "results.json").exists())
-            argv += ["--output_dir", str(args.missing / free)]
+            argv += ["--output_dir", str(args.missing / free), "--resume"]
         lines.append(shlex.join(["python", "run_glue.py", *argv, *args.flags]))
     if lines:
         print(*lines, sep="\n")

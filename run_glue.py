@@ -111,6 +111,7 @@ LEFT_BEHIND = ("config.json", "results.json", *EVALUATION, *GROWING)
 DERIVED = ("epochs", "lr", "ess", "init_rank", "tinit", "tfinal", "delta_t", "first_lr", "first_steps")
 DERIVED += ("total_steps", "warmup_steps")
 UNCOMPARED = ("model", "data_dir", "output_dir", "checkpoint_every", "keep_checkpoint", "resume", "overwrite")
+FLOAT32_MAX = torch.finfo(torch.float32).max
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -185,8 +186,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", type=Path, help="(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)")
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     add("--resume", action="store_true", help="go on with the run in the output folder, if there is one")
-    add("--checkpoint_every", type=whole(1), help="updates (each evaluation)")
-    add("--keep_checkpoint", action="store_true", help="also when the run is complete")
+    add("--checkpoint_every", type=whole(1), help="updates between two checkpoints (at each evaluation)")
+    add("--keep_checkpoint", action="store_true", help="keep the last checkpoint of a complete run")
     # fmt: on
     args = parser.parse_args(argv)
     words = sys.argv[1:] if argv is None else argv
@@ -285,11 +286,11 @@ def method_ranks(args: argparse.Namespace) -> None:
 def number(
     least: float = -math.inf, *, above: float = -math.inf, below: float = math.inf
 ) -> Callable[[str], float]:
-    """An argparse type: a finite number in [least, below), and above `above`."""
+    """An argparse type: a number that float32 has, in [least, below) and above `above`."""
 
     def parse(text: str) -> float:
         value = float(text)
-        if not (math.isfinite(value) and least <= value < below and value > above):
+        if not (abs(value) <= FLOAT32_MAX and least <= value < below and value > above):
             bounds = [f"{least:g} or more"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
             bounds += [f"below {below:g}"] * (below < math.inf)
             raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(bounds or ['finite'])}")
@@ -382,9 +383,10 @@ def load_model(
     else:
         check_hub()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        safe = {"trust_remote_code": False}  # nothing is asked, no code of a checkpoint is run
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **safe)
         # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
-        how = {"num_labels": classes, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+        how = {"num_labels": classes, "dtype": torch.float32, "ignore_mismatched_sizes": True, **safe}
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             name, **how, output_loading_info=True
         )
@@ -594,10 +596,11 @@ def mendable() -> Iterator[None]:
         raise UsageError(str(error)) from None
 
 
-def checksum(features: list[dict], labels: Tensor) -> str:
-    """Of training data, by their tokens and labels."""
-    tokens = torch.tensor([token for example in features for token in example["input_ids"]])
-    return f"{zlib.crc32(labels.numpy(), zlib.crc32(tokens.numpy())):08x}"
+def checksum(tensors: Iterable[Tensor]) -> str:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.contiguous().numpy(), value)
+    return f"{value:08x}"
 
 
 def check_device(name: str) -> None:
@@ -607,33 +610,61 @@ def check_device(name: str) -> None:
         raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def something_to_do(args: argparse.Namespace) -> bool:
-    """Whether the output folder is free or holds a run to go on with; False if that run is finished.
+def is_finished(folder: Path) -> bool:
+    try:
+        return "best" in json.loads((folder / "results.json").read_text())
+    except (OSError, ValueError, TypeError):  # none, or damaged: what it said can be found again
+        return False
 
-    Raises UsageError if it holds what would be lost.
-    """
-    folder, finished = args.output_dir, (args.output_dir / "results.json").exists()
+
+def check_free(args: argparse.Namespace) -> None:
+    """Raise UsageError if a run in the output folder would be lost, or cannot be gone on with."""
+    folder, finished = args.output_dir, is_finished(args.output_dir)
     saved = checkpoints(folder / "checkpoint")
-    if finished and not (args.overwrite or args.resume):
-        raise UsageError(f"{folder} holds a finished run: give --overwrite or another --output_dir")
-    if saved and not (args.overwrite or args.resume):
-        raise UsageError(f"{folder} holds an unfinished run: give --resume to go on with it, or --overwrite")
-    if args.resume and not (finished or saved) and (folder / "config.json").exists():
+    there = [path for path in (*(folder / name for name in LEFT_BEHIND), *saved) if path.exists()]
+    if there and not (args.overwrite or args.resume):
+        kind, mend = ("a finished run", "") if finished else ("an unfinished run", "--resume to go on, ")
+        mend += "--overwrite or another --output_dir"
+        raise UsageError(f"{folder} holds {kind} ({there[0].name}): give {mend}")
+    if args.resume and (folder / "config.json").exists() and not (finished or saved):
         raise UsageError(f"{folder} has lost its checkpoint: give --overwrite to start anew")
-    return not (finished and args.resume)
 
 
 def recorded_settings(args: argparse.Namespace, **checksums: str) -> dict:
     """The settings as config.json and a checkpoint have them."""
     settings = {name: value for name, value in vars(args).items() if name not in EVAL_ONLY_FLAGS}
-    paths = {"data_dir": args.data_dir and str(args.data_dir), "output_dir": str(args.output_dir)}
-    return settings | paths | checksums
+    return json.loads(json.dumps(settings | checksums, default=str))
+
+
+def check_same(settings: dict, config: dict, folder: Path) -> None:
+    """Raise UsageError for the first setting that differs from those of the run in the folder."""
+    for name in sorted(settings, key=lambda name: name in DERIVED):
+        now, then = settings[name], config.get(name)
+        if name == "device":
+            now, then = torch.device(now).type, torch.device(then).type
+        if name in UNCOMPARED or name not in config or now == then:
+            continue
+        if name == "encoder":
+            raise UsageError(f"--model {settings['model']} has other weights than the run in {folder} had")
+        if name == "data":
+            raise UsageError(f"the data are not those that the run in {folder} had: check --data_dir")
+        if name in ("first_lr", "first_steps"):  # they follow from whether --lr was given
+            raise UsageError(f"--lr was {'' if now else 'not '}given to the run in {folder}: do the same")
+        now, then = ("not given" if value is None else value for value in (now, then))
+        raise UsageError(f"--{name} is {now}, but was {then} for the run in {folder}: do the same")
+
+
+def read_config(folder: Path) -> dict:
+    try:
+        return dict(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{folder / 'config.json'} cannot be read: {error}") from None
 
 
 def take_up(folder: Path, settings: dict) -> dict | None:
     """The checkpoint to go on from, and the files of its step put back; None if no run was begun here.
 
-    Raises UsageError where there is no whole one, or a setting of it differs (the first that does is named).
+    Raises UsageError where none is whole, or a setting differs.
     """
     state, damaged = load_checkpoint(folder / "checkpoint")
     names = ", ".join(map(str, damaged))
@@ -641,46 +672,51 @@ def take_up(folder: Path, settings: dict) -> dict | None:
         raise UsageError(f"{names}: damaged, and no earlier checkpoint is there: start anew with --overwrite")
     if state is None:
         return None
-    then = state["settings"]
-    for name in sorted(settings, key=lambda name: name in DERIVED):
-        now, before = settings[name], then.get(name)
-        if name == "device":
-            now, before = torch.device(now).type, torch.device(before).type
-        if name in UNCOMPARED or now == before:
-            continue
-        if name == "encoder":
-            raise UsageError(f"--model {settings['model']} has other weights than the run in {folder} had")
-        if name == "train_data":
-            raise UsageError(f"the training data are not those of the run in {folder}: check --data_dir")
-        raise UsageError(f"--{name} is {now}, but was {before} for the run in {folder}: give it the same")
+    check_same(settings, state["config"], folder)
     if damaged:
         print(f"run_glue.py: {names}: damaged, going on from an earlier checkpoint", file=sys.stderr)
     unpack_files(folder, GROWING, state["files"])
     return state
 
 
+def going_on(config: dict, step: int, now: dict) -> dict:
+    """The run's config.json with where and with what it goes on; warns if that is not what it had."""
+    history = config.get("resumed", [])
+    then = history[-1] if history else config
+    if other := [name for name in now if now[name] != then.get(name)]:
+        warning = f"other {', '.join(other)} than so far: the results may differ by rounding"
+        print(f"run_glue.py: going on with {warning}", file=sys.stderr)
+    return config | {"resumed": [*history, {"step": step, **now}]}
+
+
 def watched(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What has to be finite after an update, by what it is called (a parameter stands in for no gradient)."""
-    some = {name: p.detach() if p.grad is None else p.grad for name, p in trained.items() if p.numel()}
-    tensors = {f"the gradient of {name}": grad for name, grad in some.items()}
-    if isinstance(optimizer, IVON):
-        tensors |= {f"the posterior of {name}": optimizer.state[trained[name]]["h"] for name in some}
-    return tensors | {f"the parameter {name}": trained[name].detach() for name in some}
+    key, what = ("h", "posterior") if isinstance(optimizer, IVON) else ("exp_avg_sq", "second moment")
+    tensors = {}
+    for name, p in trained.items():
+        if p.numel():
+            tensors[f"the gradient of {name}"] = p.detach() if p.grad is None else p.grad
+            tensors[f"the {what} of {name}"] = optimizer.state[p].get(key, p.detach())
+            tensors[f"the parameter {name}"] = p.detach()
+    return tensors
 
 
 def write_losses(path: Path, pending: list[tuple[dict, Tensor]], names: list[str]) -> list[float]:
     """A line for each update: its record, with its loss. Returns the losses.
 
-    Each comes with the magnitudes (n,) of what its update had; `names` are theirs, the loss first. Raises
-    NotFinite at the first that is not finite.
+    Each comes with the magnitudes (n,) of what its update had; `names` are theirs, the loss first. At the
+    first that is not finite it stops and raises NotFinite.
     """
-    rows = torch.stack([magnitudes for _, magnitudes in pending]).tolist()
+    rows, lines, error = torch.stack([magnitudes for _, magnitudes in pending]).tolist(), [], None
     for (record, _), row in zip(pending, rows, strict=True):
         bad = [name for name, magnitude in zip(names, row, strict=True) if not math.isfinite(magnitude)]
         if bad:
-            raise NotFinite(f"{bad[0]} is not finite at step {record['step']} (lr {record['lr']:g})")
-        record["loss"] = row[0]
-    append(path, "".join(json.dumps(record) + "\n" for record, _ in pending))
+            error = NotFinite(f"{bad[0]} is not finite at step {record['step']} (lr {record['lr']:g})")
+            break
+        lines.append(json.dumps(record | {"loss": row[0]}) + "\n")
+    append(path, "".join(lines))
+    if error:
+        raise error
     return [row[0] for row in rows]
 
 
@@ -703,28 +739,24 @@ def end_at_once(signum: int, _frame: object) -> NoReturn:
 
 @contextmanager
 def signals_received() -> Iterator[list[int]]:
-    """For the length of the block the first signal is only noted; the second ends the program."""
+    """For the length of the block signals are only noted; but a second Ctrl-C ends the program."""
     received: list[int] = []
-    with on_signals(lambda *signal: end_at_once(*signal) if received else received.append(signal[0])):
+
+    def note(signum: int, frame: object) -> None:
+        if received and signum == signal.SIGINT:
+            end_at_once(signum, frame)
+        received.append(signum)
+
+    with on_signals(note):
         yield received
-
-
-def clear(folder: Path) -> None:
-    """Remove what an earlier run left."""
-    for name in LEFT_BEHIND:
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / "checkpoint", ignore_errors=True)
 
 
 def run(args: argparse.Namespace) -> None:
     # Load and inject.
     task, folder = task_of(args.task, args.method, args.demo), args.output_dir
-    if not something_to_do(args):
-        if not args.keep_checkpoint:  # of a run that was killed between its last two deeds
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-        print(f"the run in {folder} is finished")
-        return
-    check_writable(folder / "config.json", f"--output_dir {folder}")
+    check_free(args)
+    for name in ("config.json", "adapter/x", "checkpoint/x"):
+        check_writable(folder / name, f"--output_dir {folder}")
     check_device(args.device)
     dataset = load_data(args, ("train", *task.validation))
     tokenizer, model, layers, head, encoder = adapted_model(args, task)
@@ -744,30 +776,41 @@ def run(args: argparse.Namespace) -> None:
     if args.method == "adalora":
         allocator = RankAllocator(layers, budget, args.score, optimizer, track=args.track_scores)
 
-    settings = recorded_settings(args, encoder=encoder, train_data=checksum(features, labels))
+    tokens = torch.tensor([token for example in features for token in example["input_ids"]])
+    judged = [batch["input_ids"] for split in validation.values() for batch in split.batches]
+    judged += [split.labels for split in validation.values()]
+    settings = recorded_settings(args, encoder=encoder, data=checksum([tokens, labels, *judged]))
     folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder), signals_received() as received:
         # Begin, or go on.
+        check_free(args)  # once more, alone with it
+        if args.resume and is_finished(folder):
+            config = read_config(folder)
+            check_same(settings, config, folder)
+            if not config.get("keep_checkpoint"):  # of a run that was killed between its last two deeds
+                shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            print(f"the run in {folder} is finished")
+            return
         progress = {"step": 0, "best": None, "last": None, "seconds": 0.0, "evaluating": 0.0}
-        if not something_to_do(args):  # another process was faster
-            raise UsageError(f"{folder} holds a run that another process has just finished")
-        state = take_up(folder, settings) if args.resume else None
+        state, here = take_up(folder, settings) if args.resume else None, provenance(model.device)
+
+        def save_all(files: Mapping[str, Tensor]) -> None:
+            state = {"config": config, "progress": progress, "files": files}
+            state |= snapshot(model, optimizer, allocator)
+            save_checkpoint(folder / "checkpoint", progress["step"], state)
+
         if state:
             with mendable():
                 restore(state, model, optimizer, allocator)
             progress = state["progress"]
+            config = going_on(state["config"], progress["step"], here)
             print(f"going on after step {progress['step']} of {args.total_steps}")
         else:
-            clear(folder)
-
-        def save_all() -> None:
-            state = {"settings": settings, "progress": progress, "files": pack_files(folder, GROWING)}
-            state |= snapshot(model, optimizer, allocator)
-            save_checkpoint(folder / "checkpoint", progress["step"], state)
-
-        if not state:
-            save_all()  # before config.json: where that is, there is something to go on from
-        write_json(folder / "config.json", settings | provenance(model.device))
+            config = settings | here
+            save_all({})  # first: the new run can be gone on with before anything of an old one goes
+            for name in ("results.json", *LEFT_BEHIND):
+                (folder / name).unlink(missing_ok=True)
+        write_json(folder / "config.json", config)
 
         # Train, and record.
         best, last, evaluating = (progress[name] for name in ("best", "last", "evaluating"))
@@ -837,8 +880,9 @@ def run(args: argparse.Namespace) -> None:
                 evaluating += time.perf_counter() - began
             seconds = time.perf_counter() - started
             progress = {"step": t, "best": best, "last": last, "seconds": seconds, "evaluating": evaluating}
+            stopping = stopping or (at_evaluation and bool(received))  # it may have come meanwhile
             if args.keep_checkpoint if final else at_checkpoint or stopping:
-                save_all()
+                save_all(pack_files(folder, GROWING))
             if stopping and not final:
                 raise Interrupted(received[0], f"after step {t}; --resume goes on from there")
 
@@ -1013,8 +1057,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"run_glue.py: error: out of memory: give {mend}", file=sys.stderr)
         return 2
     except NotFinite as error:
-        kept = next(iter(checkpoints(args.output_dir / "checkpoint").values()))
-        print(f"run_glue.py: stopped: {error}; the checkpoint of step {kept} is kept", file=sys.stderr)
+        kept = next(iter(checkpoints(args.output_dir / "checkpoint").values()), "no")
+        mend = f"the checkpoint of step {kept} is kept; a smaller --lr, with --overwrite, may help"
+        print(f"run_glue.py: stopped: {error}; {mend}", file=sys.stderr)
         return 3
     except OSError as error:
         print(f"run_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)

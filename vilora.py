@@ -106,6 +106,9 @@ class RankAllocator:
 
     def load_state_dict(self, state: dict) -> None:
         self.ema.load_state_dict(state["ema"])
+        for averages in (self.ema.I_bar, self.ema.U_bar):
+            for key, value in averages.items():  # from wherever the state was loaded to
+                averages[key] = value.to(self._groups[key[:-1]][0].P.device)
         for name, kept in self.kept.items():
             kept.copy_(state["kept"][name])
         self._fixed = None

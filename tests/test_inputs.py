@@ -145,7 +145,8 @@ def check_refusal(stderr: str, named: str, folder: Path) -> None:
     assert stderr.count("\n") == 1, stderr
     assert stderr.startswith("run_glue.py: error: ")
     assert named in stderr
-    assert not list(folder.rglob("runs"))
+    for left in ("runs", "metrics.jsonl", "results.json", "checkpoint", "adapter", "*.new"):
+        assert not list(folder.rglob(left))
 
 
 @pytest.mark.parametrize(
