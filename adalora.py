@@ -8,11 +8,12 @@
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 # The six linear maps of an encoder layer, by the architecture's name in its config.json.
 _BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
@@ -27,13 +28,51 @@ HEADS = {"pooler", "classifier", "pre_classifier", "classification_head", "logit
 HEADS |= {"score", "lm_head", "cls", "qa_outputs"}
 
 
+class AddLowRank(torch.autograd.Function):
+    """y = x Wᵀ + b + (x Aᵀ) Bᵀ with W and b frozen: two operations more than the frozen map's, and four more
+    in the backward pass. Shapes: x (…, d_in), W (d_out, d_in), B (d_out, r), A (r, d_in).
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        u = rows @ A.T
+        ctx.save_for_backward(rows, W, B, A, u)
+        return F.linear(rows, W, b).addmm_(u, B.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        rows, W, B, A, u = ctx.saved_tensors
+        grad = grad_y.reshape(-1, grad_y.shape[-1])
+        grad_u = grad @ B
+        grad_x = (grad @ W).addmm_(grad_u, A) if ctx.needs_input_grad[0] else None
+        grad_x = None if grad_x is None else grad_x.view(*grad_y.shape[:-1], -1)
+        return grad_x, None, None, grad.T @ u, grad_u.T @ rows
+
+
+def add_low_rank(base: nn.Module, x: Tensor, B: Tensor, A: Tensor, dropout: nn.Dropout) -> Tensor:
+    """base(x) + B A x, whatever the base is."""
+    if (
+        type(base) is nn.Linear
+        and base.weight.dtype == x.dtype == A.dtype
+        and not (base.weight.requires_grad or (dropout.training and dropout.p))
+        and not torch.is_autocast_enabled(x.device.type)
+    ):
+        return AddLowRank.apply(x, base.weight, base.bias, B, A)
+    # Of a lower precision, which the adapter does not share, quantised, not frozen, with dropout.
+    y = base(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return y + F.linear(F.linear(dropout(x).to(A.dtype), A), B).to(y.dtype)
+
+
 class SVDLinear(nn.Module):
     """y = base(x) + s·P Λ Q x with Λ = diag(λ), s = alpha/r a constant. Source: [A] eq. 3.
 
     Shapes: P (d_out, r), lam = λ (r,), Q (r, d_in). P, Q ~ N(0, 0.02²) and λ = 0, so a fresh adapter changes
-    nothing. `alive` (r,) says which triplets take part: all of them, until whoever allocates the budget
-    decides for good. A triplet that is not alive contributes nothing and gets no gradient, whatever its
-    entries are.
+    nothing. Once it is decided for good which triplets stay, the others are taken out (`shrink`), or, where
+    that cannot be, held off (`mask`): one that is not `alive` (r,) contributes nothing and gets no gradient,
+    whatever its entries are.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -46,15 +85,82 @@ class SVDLinear(nn.Module):
         self.lam = nn.Parameter(torch.zeros(rank, **factory))
         self.Q = nn.Parameter(torch.empty(rank, base.in_features, **factory).normal_(std=0.02))
         self.register_buffer("alive", torch.ones(rank, dtype=torch.bool, device=base.weight.device))
+        self.masked = False  # whether any is not alive, known without asking the device
+        self.scaled: Tensor | None = None  # s·P Λ, in a forward pass of the model (`ScaleTogether`)
 
     def forward(self, x: Tensor) -> Tensor:
-        s_lam = self.scaling * self.lam * self.alive
-        y, x = self.base(x), self.dropout(x).to(self.Q.dtype)  # the base may be of a lower precision
-        return y + F.linear(F.linear(x, self.Q) * s_lam, self.P).to(y.dtype)
+        if not self.lam.numel():
+            return self.base(x)
+        scaled = ScaleTogether.scale([self])[0] if self.scaled is None else self.scaled
+        return add_low_rank(self.base, x, scaled, self.Q, self.dropout)
 
     def delta(self) -> Tensor:
         """s·P Λ Q, what the adapter adds to the base's weight: (d_out, d_in)."""
         return self.scaling * (self.P * (self.lam * self.alive)) @ self.Q
+
+    def mask(self, alive: Tensor) -> None:
+        """Hold all others off."""
+        self.alive.copy_(alive)
+        self.masked = not bool(alive.all())
+
+    @torch.no_grad()
+    def shrink(self, alive: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Take the others out of P, λ and Q, of their gradients, and of the optimizer's state of them."""
+        index = alive.nonzero().squeeze(1)
+        for p, dim in ((self.P, 1), (self.lam, 0), (self.Q, 0)):
+            state = optimizer.state[p]
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    state[key] = value.index_select(dim, index)
+            kept, grad = p.data.index_select(dim, index), p.grad
+            p.grad = None
+            p.data = kept.to(torch.float16)  # a change of type makes autograd forget p's old shape
+            p.data = kept
+            p.grad = None if grad is None else grad.index_select(dim, index)
+        self.alive = self.alive[index]
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
+        """A saved adapter may have been shrunk, or masked."""
+        if (lam := state_dict.get(f"{prefix}lam")) is not None and lam.shape != self.lam.shape:
+            for p, dim in ((self.P, 1), (self.lam, 0), (self.Q, 0)):
+                shape = list(p.shape)
+                shape[dim] = len(lam)
+                p.data = p.data.new_empty(shape)
+            self.alive = self.alive.new_ones(len(lam))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.masked = not bool(self.alive.all())
+
+
+class ScaleTogether:
+    """Hooks of a model: for the length of its forward pass each adapter has its s·P Λ, made for all of one
+    shape by a few operations. An adapter that is called alone makes its own, and so do all of a model that
+    checkpoints activations: what it computes again must be what it computed.
+    """
+
+    def __init__(self, layers: Iterable[SVDLinear]):
+        self.layers = list(layers)
+
+    def before(self, model: nn.Module, _inputs: tuple) -> None:
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            return
+        by_shape = defaultdict(list)
+        for layer in self.layers:
+            by_shape[layer.P.shape, layer.scaling].append(layer)
+        for same in by_shape.values():
+            for layer, scaled in zip(same, self.scale(same), strict=True):
+                layer.scaled = scaled
+
+    def after(self, _model: nn.Module, _inputs: tuple, _output: object) -> None:
+        for layer in self.layers:
+            layer.scaled = None
+
+    @staticmethod
+    def scale(same: list[SVDLinear]) -> tuple[Tensor, ...]:
+        """s·P Λ of adapters of one shape and one s."""
+        lam = torch.stack([layer.lam for layer in same])
+        if any(layer.masked for layer in same):
+            lam = lam * torch.stack([layer.alive for layer in same])
+        return (torch.stack([layer.P for layer in same]) * (same[0].scaling * lam).unsqueeze(1)).unbind()
 
 
 class LoRALinear(nn.Module):
@@ -71,8 +177,7 @@ class LoRALinear(nn.Module):
         nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as the authors' code; the paper says Gaussian
 
     def forward(self, x: Tensor) -> Tensor:
-        y, x = self.base(x), self.dropout(x).to(self.A.dtype)
-        return y + (self.scaling * F.linear(F.linear(x, self.A), self.B)).to(y.dtype)
+        return add_low_rank(self.base, x, self.scaling * self.B, self.A, self.dropout)
 
     def delta(self) -> Tensor:
         """s·B A, what the adapter adds to the base's weight: (d_out, d_in)."""
@@ -125,6 +230,10 @@ def inject(
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
+    if kind == "svd":
+        together = ScaleTogether(layers.values())
+        model.register_forward_pre_hook(together.before)
+        model.register_forward_hook(together.after, always_call=True)
     return layers
 
 
@@ -148,14 +257,41 @@ def orthogonality_penalty(layers: Mapping[str, SVDLinear], squared: bool = False
     γ are meant; with `squared` the sum of their squares, as the paper writes it ([A] eq. 4). Triplets that
     are no longer alive are left out of P, Q and I. The norm's gradient at an orthonormal matrix is 0.
     """
-    by_shape = defaultdict(list)
-    for layer in layers.values():
-        for matrix in (layer.P, layer.Q.mT):  # (d, r) both
-            by_shape[matrix.shape].append((matrix, layer.alive))
-    norms = []
-    for same in by_shape.values():
-        matrices, alive = (torch.stack(part) for part in zip(*same, strict=True))  # (n, d, r), (n, r)
-        X = matrices * alive.unsqueeze(1)
-        norms.append(torch.linalg.vector_norm(X.mT @ X - torch.diag_embed(alive.to(X)), dim=(1, 2)))
-    norms = torch.cat(norms)
+    norms = torch.cat([torch.linalg.vector_norm(E, dim=(1, 2)) for _, _, E in _gram_errors(layers)])
     return norms.square().sum() if squared else norms.mean()
+
+
+@torch.no_grad()
+def add_penalty_gradients(layers: Mapping[str, SVDLinear], gamma: float, squared: bool = False) -> None:
+    """`(gamma * orthogonality_penalty(layers, squared)).backward()` in a handful of batched products.
+
+    With E = PᵀP − I the gradient of ‖E‖² is 4PE, and that of ‖E‖ is 2PE/‖E‖; with E = QQᵀ − I, EQ for PE.
+    """
+    params, grads = [], []
+    for same, X, E in _gram_errors(layers):
+        if not squared:
+            tiny = torch.finfo(E.dtype).tiny  # where E is 0, its quotient is
+            E = E / torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True).clamp_min(tiny)
+        params += same
+        grads += (X @ E if E.shape[-1] == X.shape[-1] else E @ X).unbind()
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    torch._foreach_add_([p.grad for p in params], grads, alpha=gamma * (4 if squared else 2 / len(params)))
+
+
+def _gram_errors(layers: Mapping[str, SVDLinear]) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
+    """All P and all Q, shape by shape: as a list, as X (n, d, r) or (n, r, d), and XᵀX − I or XXᵀ − I."""
+    for part in ("P", "Q"):
+        by_shape = defaultdict(list)
+        for layer in layers.values():
+            by_shape[getattr(layer, part).shape, layer.masked].append(layer)
+        for (_, masked), same in by_shape.items():
+            params = [getattr(layer, part) for layer in same]
+            X = torch.stack(params)
+            r = X.shape[2 if part == "P" else 1]
+            I = torch.eye(r, dtype=X.dtype, device=X.device).expand(len(same), r, r)
+            if masked:
+                alive = torch.stack([layer.alive for layer in same]).to(X)
+                X, I = X * alive.unsqueeze(1 if part == "P" else 2), torch.diag_embed(alive)
+            left, right = (X.mT, X) if part == "P" else (X, X.mT)
+            yield params, X, torch.baddbmm(I, left, right, beta=-1)

@@ -30,7 +30,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from adalora import SVDLinear
 from ivon import IVON
 from vilora import RankAllocator
 
@@ -191,12 +190,13 @@ def restore(
 
     Raises ValueError if the model's parts are others.
     """
-    there = {name: tensor.shape for name, tensor in state["model"].items()}
-    here = {name: tensor.shape for name, tensor in snapshot(model, optimizer, None)["model"].items()}
-    if there != here:
-        name = min(name for name, _ in there.items() ^ here.items())
-        raise ValueError(f"the checkpoint is of another model: {name} does not fit")
-    model.load_state_dict(state["model"], strict=False)
+    different = state["model"].keys() ^ snapshot(model, optimizer, None)["model"].keys()
+    try:
+        model.load_state_dict(state["model"], strict=False)
+    except RuntimeError as error:
+        different = {str(error)}
+    if different:
+        raise ValueError(f"the checkpoint is of another model: {min(different)}")
     optimizer.load_state_dict(state["optimizer"])
     if allocator:
         allocator.load_state_dict(state["allocator"])
@@ -219,39 +219,12 @@ def unpack_files(folder: Path, names: Iterable[str], packed: Mapping[str, Tensor
             (folder / name).unlink(missing_ok=True)
 
 
-def living(name: str, tensor: Tensor, layers: Mapping[str, nn.Module]) -> Tensor:
-    """Of an adapter's P, lam or Q, or a tensor of its shape, the part that belongs to living triplets."""
-    module, _, part = name.rpartition(".")
-    if not isinstance(layers.get(module), SVDLinear):
-        return tensor
-    alive = layers[module].alive
-    return tensor[:, alive] if part == "P" else tensor[alive]
-
-
-@contextmanager
-def compact(layers: Mapping[str, nn.Module]) -> Iterator[None]:
-    """For the length of the block the adapters have their living triplets alone, as they are saved."""
-    svd = [layer for layer in layers.values() if isinstance(layer, SVDLinear)]
-    whole = [(layer.P.data, layer.lam.data, layer.Q.data, layer.alive) for layer in svd]
-    for layer, (P, lam, Q, alive) in zip(svd, whole, strict=True):
-        layer.P.data, layer.lam.data, layer.Q.data = P[:, alive], lam[alive], Q[alive]
-        layer.alive = alive[alive]
-    try:
-        yield
-    finally:
-        for layer, tensors in zip(svd, whole, strict=True):
-            layer.P.data, layer.lam.data, layer.Q.data, layer.alive = tensors
-
-
-def sigmas_by_name(
-    model: nn.Module, layers: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer
-) -> dict[str, Tensor]:
-    """σ of everything trained, by name, at the living triplets; {} if the optimizer is not IVON."""
+def sigmas_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """σ of everything trained, by name; {} if the optimizer is not IVON."""
     if not isinstance(optimizer, IVON):
         return {}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sigmas = optimizer.sigmas(list(trained.values()))
-    return {name: living(name, sigma, layers) for name, sigma in zip(trained, sigmas, strict=True)}
+    return dict(zip(trained, optimizer.sigmas(list(trained.values())), strict=True))
 
 
 def save_adapter(

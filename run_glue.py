@@ -42,15 +42,13 @@ import transformers  # its parts are imported on their first use: what is wrong 
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adalora import HEADS, TARGETS, inject, linear_maps, orthogonality_penalty
+from adalora import HEADS, TARGETS, add_penalty_gradients, inject, linear_maps
 from budget import CubicBudget
 from checkpoint import (
     append,
     checkpoints,
     claimed,
-    compact,
     fingerprint,
-    living,
     load_adapter,
     load_checkpoint,
     pack_files,
@@ -293,6 +291,7 @@ def number(
         if not (abs(value) <= FLOAT32_MAX and least <= value < below and value > above):
             bounds = [f"{least:g} or more"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
             bounds += [f"below {below:g}"] * (below < math.inf)
+            bounds += ["of float32's range"] * (math.isfinite(value) and abs(value) > FLOAT32_MAX)
             raise argparse.ArgumentTypeError(f"{text} is not {' and '.join(bounds or ['finite'])}")
         return value
 
@@ -701,23 +700,34 @@ def watched(trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimize
     return tensors
 
 
-def write_losses(path: Path, pending: list[tuple[dict, Tensor]], names: list[str]) -> list[float]:
+class Update(NamedTuple):
+    """What is known of an update before the device is asked: its record, and how large some tensors are."""
+
+    record: dict
+    names: list[str]  # of the tensors; the loss is the first
+    magnitudes: Tensor  # (n,)
+
+
+def write_losses(path: Path, pending: list[Update]) -> list[float]:
     """A line for each update: its record, with its loss. Returns the losses.
 
-    Each comes with the magnitudes (n,) of what its update had; `names` are theirs, the loss first. At the
-    first that is not finite it stops and raises NotFinite.
+    Stops and raises NotFinite at the first update in which something is not finite.
     """
-    rows, lines, error = torch.stack([magnitudes for _, magnitudes in pending]).tolist(), [], None
-    for (record, _), row in zip(pending, rows, strict=True):
-        bad = [name for name, magnitude in zip(names, row, strict=True) if not math.isfinite(magnitude)]
+    magnitudes = torch.cat([update.magnitudes for update in pending]).tolist()
+    lines, losses, error = [], [], None
+    for update in pending:
+        own, magnitudes = magnitudes[: len(update.names)], magnitudes[len(update.names) :]
+        bad = [name for name, size in zip(update.names, own, strict=True) if not math.isfinite(size)]
         if bad:
-            error = NotFinite(f"{bad[0]} is not finite at step {record['step']} (lr {record['lr']:g})")
+            step, lr = update.record["step"], update.record["lr"]
+            error = NotFinite(f"{bad[0]} is not finite at step {step} (lr {lr:g})")
             break
-        lines.append(json.dumps(record | {"loss": row[0]}) + "\n")
+        losses.append(own[0])
+        lines.append(json.dumps(update.record | {"loss": own[0]}) + "\n")
     append(path, "".join(lines))
     if error:
         raise error
-    return [row[0] for row in rows]
+    return losses
 
 
 @contextmanager
@@ -767,11 +777,13 @@ def run(args: argparse.Namespace) -> None:
     # Optimize: the learning rate is set before each update.
     budget = plan(args, task, len(features), len(layers))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    counted = [p for p in trained.values() if p not in head]
+    trainable = sum(p.numel() for p in counted)
     if args.optimizer == "ivon":
         ivon = {name: getattr(args, name) for name in (*IVON_SETTINGS, "beta1", "weight_decay")}
         optimizer = IVON(trained.values(), args.lr, **ivon)
     else:
-        optimizer = torch.optim.AdamW(trained.values(), args.lr, weight_decay=args.weight_decay)
+        optimizer = torch.optim.AdamW(trained.values(), args.lr, weight_decay=args.weight_decay, fused=True)
     allocator = None
     if args.method == "adalora":
         allocator = RankAllocator(layers, budget, args.score, optimizer, track=args.track_scores)
@@ -840,20 +852,21 @@ def run(args: argparse.Namespace) -> None:
                         micro_loss.backward()
                         loss += micro_loss.detach() / draws
                     if args.orth:
-                        (args.orth * orthogonality_penalty(layers, squared=args.squared_orth)).backward()
+                        add_penalty_gradients(layers, args.orth, squared=args.squared_orth)
             optimizer.step()
             if allocator:
                 allocator.step(t)
             finite = watched(trained, optimizer)  # looked at together with the loss, so that nothing waits
             magnitudes = torch.stack([loss, *torch._foreach_norm(list(finite.values()), math.inf)])
-            pending.append(({"step": t, "loss": None, "lr": lr, "budget": budget(t)}, magnitudes))
+            record = {"step": t, "loss": None, "lr": lr, "budget": budget(t)}
+            pending.append(Update(record, ["the loss", *finite], magnitudes))
             optimizer.zero_grad()
 
             final, stopping = t == args.total_steps, bool(received)
             at_evaluation = final or t % args.eval_every == 0
             at_checkpoint = t % args.checkpoint_every == 0 if args.checkpoint_every else at_evaluation
             if at_evaluation or at_checkpoint or stopping or len(pending) == FLUSH_EVERY:
-                losses = write_losses(folder / "metrics.jsonl", pending, ["the loss", *finite])
+                losses = write_losses(folder / "metrics.jsonl", pending)
                 so_far = best and f"{best[task.metric]:.4f}"
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", best=so_far)
                 pending = []
@@ -862,21 +875,20 @@ def run(args: argparse.Namespace) -> None:
             if at_evaluation:
                 began = time.perf_counter()
                 last = {"step": t}
-                sigma = sigmas_by_name(model, layers, optimizer)
-                with compact(layers):
-                    try:
-                        evaluated = evaluate(model, validation, args, sigma)
-                    except FloatingPointError as error:
-                        raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
-                    for split, scores in evaluated.items():
-                        line = json.dumps({"step": t, "split": split, **scores})
-                        append(folder / "metrics.jsonl", line + "\n")
-                        first = split == task.validation[0]
-                        ending = "" if first else "_" + split.removeprefix("validation_")
-                        last |= {metric + ending: score for metric, score in scores.items()}
-                    if best is None or last[task.metric] > best[task.metric]:
-                        best = last
-                        save_adapter(folder / "adapter", model, layers, sigma)
+                sigma = sigmas_by_name(model, optimizer)
+                try:
+                    evaluated = evaluate(model, validation, args, sigma)
+                except FloatingPointError as error:
+                    raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
+                for split, scores in evaluated.items():
+                    line = json.dumps({"step": t, "split": split, **scores})
+                    append(folder / "metrics.jsonl", line + "\n")
+                    first = split == task.validation[0]
+                    ending = "" if first else "_" + split.removeprefix("validation_")
+                    last |= {metric + ending: score for metric, score in scores.items()}
+                if best is None or last[task.metric] > best[task.metric]:
+                    best = last
+                    save_adapter(folder / "adapter", model, layers, sigma)
                 evaluating += time.perf_counter() - began
             seconds = time.perf_counter() - started
             progress = {"step": t, "best": best, "last": last, "seconds": seconds, "evaluating": evaluating}
@@ -887,7 +899,6 @@ def run(args: argparse.Namespace) -> None:
                 raise Interrupted(received[0], f"after step {t}; --resume goes on from there")
 
         ranks = allocator.ranks() if allocator else dict.fromkeys(layers, args.init_rank)
-        counted = {name: p for name, p in trained.items() if p not in head}
         same = ("task", "method", "optimizer", "score", "seed", "demo")
         results = {
             **{name: settings[name] for name in same},
@@ -896,8 +907,8 @@ def run(args: argparse.Namespace) -> None:
             "last": progress["last"],
             "ranks": ranks,
             "budget": {"b0": budget.initial, "bT": budget.target, "kept": sum(ranks.values())},
-            "trainable_parameters": sum(p.numel() for p in counted.values()),
-            "kept_parameters": sum(living(name, p, layers).numel() for name, p in counted.items()),
+            "trainable_parameters": trainable,
+            "kept_parameters": sum(p.numel() for p in counted),
             "seconds": progress["seconds"],
             "steps_per_second": args.total_steps / (progress["seconds"] - progress["evaluating"]),
             "peak_memory_mb": peak_memory_mb(model.device),

@@ -29,15 +29,16 @@ class RankAllocator:
     algorithm 1, [C].
 
     Between two allocations λ keeps its gradient, so a dropped triplet can come back. With the last
-    allocation, at t = T − t_f, the pattern is fixed (`layer.alive`), and what was dropped contributes nothing
-    any more.
+    allocation, at t = T − t_f, the pattern is fixed: the dropped triplets are taken out of P, λ and Q, and of
+    the optimizer's state of them, so that they cost nothing any more. (Without an optimizer they are masked.)
 
     Adapters of one shape are scored as one stack: n of them give tensors (n, d_out, r), (n, r), (n, r, d_in).
 
     Args:
         layers: what `inject` returned.
         score: a name in SCORES.
-        optimizer: needed by a score that looks at σ: anything with `sigma(param)`, such as IVON.
+        optimizer: the adapters' one. Needed by a score that looks at σ, then it has `sigma(param)` as IVON
+            does; and to take dropped triplets out.
         beta1, beta2: of the smoothed sensitivity.
         track: before each allocation append to `tracked` its "step" and "budget", "scores" (name → every
             triplet's score, (n,)) for each score in SCORES that can be had here, and "sigma_cv", the
@@ -75,8 +76,8 @@ class RankAllocator:
         self._groups: dict[tuple[int, ...], list[SVDLinear]] = defaultdict(list)
         for layer in layers.values():
             self._groups[(*layer.P.shape, layer.Q.shape[1])].append(layer)
-        # From T − t_f on: every P, λ and Q, and the mask that each is held to.
-        self._fixed: tuple[list[Tensor], list[Tensor]] | None = None
+        # From T − t_f on: each P, λ and Q that is masked, and its mask.
+        self._masked: tuple[list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def step(self, t: int) -> None:
@@ -88,8 +89,10 @@ class RankAllocator:
                     self.ema.update((*group, part), torch.stack(theta), torch.stack(grad))
         if self.budget.due(t):
             self._allocate(t)
+        if t == self.budget.last_allocation:
+            self._fix()
         if t >= self.budget.last_allocation:
-            self._hold_dropped_at_zero()
+            self._hold_masked_at_zero()
 
     def ranks(self) -> dict[str, int]:
         """How many triplets of each adapter the last allocation kept (before the first: all)."""
@@ -111,7 +114,7 @@ class RankAllocator:
                 averages[key] = value.to(self._groups[key[:-1]][0].P.device)
         for name, kept in self.kept.items():
             kept.copy_(state["kept"][name])
-        self._fixed = None
+        self._masked = None
 
     def _sizes(self) -> list[int]:
         return [layer.lam.numel() for layer in self.layers.values()]
@@ -169,16 +172,22 @@ class RankAllocator:
         sigma = torch.cat([sigma.flatten() for sigma in self._sigmas(params)])
         return (sigma / sigma.mean()).std(correction=0)
 
-    def _hold_dropped_at_zero(self) -> None:
-        """The pattern is final: momentum and decay must not move what is dropped, whatever the optimizer."""
-        if self._fixed is None:
-            params, masks = [], []
-            for layer, kept in zip(self.layers.values(), self.kept.values(), strict=True):
-                layer.alive.copy_(kept)
-                params += [layer.P, layer.lam, layer.Q]
-                masks += [kept, kept, kept.unsqueeze(1)]
-            self._fixed = params, masks
-        torch._foreach_mul_(*self._fixed)
+    def _fix(self) -> None:
+        """The pattern is final. An optimizer that is not known here has state that could not follow a cut."""
+        for name, layer in self.layers.items():
+            if self.optimizer is None:
+                layer.mask(self.kept[name])
+            else:
+                layer.shrink(self.kept[name], self.optimizer)
+
+    def _hold_masked_at_zero(self) -> None:
+        """Momentum and decay must not move what is masked, whatever the optimizer."""
+        if self._masked is None:
+            masked = [(layer, self.kept[name]) for name, layer in self.layers.items() if layer.masked]
+            params = [p for layer, _ in masked for p in (layer.P, layer.lam, layer.Q)]
+            self._masked = params, [mask for _, kept in masked for mask in (kept, kept, kept.unsqueeze(1))]
+        if self._masked[0]:
+            torch._foreach_mul_(*self._masked)
 
 
 def _parameters(layers: list[SVDLinear], part: str) -> tuple[list[Tensor], list[Tensor]]:

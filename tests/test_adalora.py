@@ -1,8 +1,11 @@
 """adalora.py against finite differences, plain NumPy loops, and transformers' own models."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import (
     AutoModel,
@@ -17,7 +20,16 @@ from transformers import (
     SqueezeBertConfig,
 )
 
-from adalora import TARGETS, LoRALinear, SVDLinear, inject, linear_maps, orthogonality_penalty
+from adalora import (
+    TARGETS,
+    AddLowRank,
+    LoRALinear,
+    SVDLinear,
+    add_penalty_gradients,
+    inject,
+    linear_maps,
+    orthogonality_penalty,
+)
 
 SIZES = {
     "hidden_size": 16,
@@ -94,14 +106,14 @@ def test_a_fresh_adapter_changes_no_bit_of_the_output(architecture: str, kind: s
 
 def test_the_scaling_is_a_constant_that_does_not_follow_the_rank_down():
     layer = adapter()
-    layer.alive[1:] = False
+    layer.mask(torch.tensor([True, False, False]))
     lam, P, Q = layer.lam[0], layer.P[:, :1], layer.Q[:1]
     torch.testing.assert_close(layer.delta(), 2.0 * lam * P @ Q)
 
 
-def test_a_triplet_that_is_not_alive_contributes_nothing_and_gets_no_gradient():
+def test_a_triplet_that_is_masked_contributes_nothing_and_gets_no_gradient():
     layer, x = adapter(), torch.randn(7, 4, dtype=torch.float64)
-    layer.alive[1] = False
+    layer.mask(torch.tensor([True, False, True]))
     (layer(x).square().sum() + orthogonality_penalty({"it": layer})).backward()
     assert not layer.P.grad[:, 1].any()
     assert not layer.lam.grad[1]
@@ -141,10 +153,143 @@ def test_adapter_dropout_is_in_front_of_the_adapter_alone():
 
 
 def test_what_is_alive_travels_with_the_state_dict():
-    layer, twin = adapter(), adapter()
-    layer.alive[0] = False
+    layer, twin, x = adapter(), adapter(), torch.randn(7, 4, dtype=torch.float64)
+    twin.base = layer.base
+    layer.mask(torch.tensor([False, True, True]))
     twin.load_state_dict(layer.state_dict())
     assert twin.alive.tolist() == [False, True, True]
+    assert torch.equal(layer(x), twin(x))
+    layer.shrink(torch.tensor([True, False, True]), torch.optim.SGD(layer.parameters(), lr=0.1))
+    twin.load_state_dict(layer.state_dict())
+    assert twin.P.shape == (5, 2)
+    assert torch.equal(layer(x), twin(x))
+
+
+# --- the fast form and the plain one ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(4,), (7, 4), (3, 5, 4)])
+def test_the_gradients_are_those_of_finite_differences(shape: tuple[int, ...], bias: bool):
+    torch.manual_seed(0)
+    x, W, b, B, A = (torch.randn(size, dtype=torch.float64) for size in (shape, (5, 4), (5,), (5, 2), (2, 4)))
+    for tensor in (x, B, A):
+        tensor.requires_grad_(True)
+    b = b if bias else None
+    assert torch.autograd.gradcheck(lambda x, B, A: AddLowRank.apply(x, W, b, B, A), (x, B, A))
+    assert torch.autograd.gradcheck(lambda B, A: AddLowRank.apply(x.detach(), W, b, B, A), (B, A))
+
+
+class PlainSVD(nn.Module):
+    """The adapter as the formula has it, and autograd's derivatives."""
+
+    def __init__(self, layer: SVDLinear):
+        super().__init__()
+        self.base, self.s = copy.deepcopy(layer.base), layer.scaling
+        self.P, self.lam, self.Q = (nn.Parameter(p.detach().clone()) for p in (layer.P, layer.lam, layer.Q))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.s * F.linear(F.linear(x, self.Q) * self.lam, self.P)
+
+
+def test_over_100_steps_the_adapters_are_those_of_the_plain_formula():
+    """Each used twice in a pass, as DeBERTa uses two of its maps; loss and penalty, two passes an update."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)).double()
+    layers = inject(model, ["0", "2", "4"], rank=3, alpha=6)
+    model.double()
+    plain = copy.deepcopy(model)
+    for name, layer in layers.items():
+        setattr(plain, name, PlainSVD(layer))
+    twins = {name: getattr(plain, name) for name in layers}
+    x, y = torch.randn(2, 12, 6).double(), torch.randn(2, 12, 6).double()
+    optimizers = [
+        torch.optim.Adam([p for p in each.parameters() if p.requires_grad], lr=0.01)
+        for each in (model, plain)
+    ]
+    for _ in range(100):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for each in (model, plain):
+            for part in (0, 1):  # two backward passes add up
+                loss = (each(each(x[part])) - y[part]).square().mean()
+                loss.backward()
+        add_penalty_gradients(layers, 0.1)
+        grams = [g for t in twins.values() for g in (t.P.T @ t.P, t.Q @ t.Q.T)]
+        (0.1 * sum((g - torch.eye(3).double()).norm() for g in grams) / len(grams)).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert loss < 1
+    for name, layer in layers.items():
+        for part in ("P", "lam", "Q"):
+            torch.testing.assert_close(getattr(layer, part), getattr(twins[name], part), rtol=0, atol=1e-10)
+
+
+def test_an_adapter_says_the_same_alone_and_in_its_model_also_after_a_failure():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    layers = inject(model, ["0", "2"], rank=2, alpha=4)
+    for layer in layers.values():
+        nn.init.normal_(layer.lam)
+    x = torch.randn(3, 4)
+    expected = layers["2"](layers["0"](x).tanh())
+    assert torch.equal(model(x), expected)
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 5))
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lam *= 2  # what was made for the failed pass is out of date
+    after = layers["2"](layers["0"](x).tanh())
+    assert not torch.equal(after, expected)
+    assert torch.equal(model(x), after)
+
+
+def test_the_gradients_are_the_same_with_activation_checkpointing():
+    torch.manual_seed(0)
+    model = encoder("bert")
+    layers = inject(model, TARGETS["bert"], rank=2, alpha=4)
+    for layer in layers.values():
+        nn.init.normal_(layer.lam)
+    ids, found = torch.randint(1, 40, (3, 7)), []
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()
+        torch.manual_seed(1)
+        model(ids).logits.square().sum().backward()
+        found.append([p.grad for layer in layers.values() for p in (layer.P, layer.lam, layer.Q)])
+        model.zero_grad()
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+def test_a_copy_of_a_model_is_a_model_of_its_own():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = inject(model, ["0", "1"], rank=2, alpha=4)
+    twin, x = copy.deepcopy(model), torch.randn(3, 4)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lam += 1
+    assert not torch.equal(model(x), twin(x))
+    twin(x).sum().backward()
+    assert twin[0].lam.grad is not None
+    assert layers["0"].lam.grad is None
+
+
+def test_a_step_that_shrinks_does_not_disturb_a_graph_that_is_still_held():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = inject(model, ["0", "1"], rank=3, alpha=6)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for step in range(4):
+        losses.append(model(torch.randn(5, 4)).square().mean())  # and with it its graph
+        losses[-1].backward()
+        optimizer.step()
+        if step == 1:
+            for layer in layers.values():
+                layer.shrink(torch.tensor([True, False, True]), optimizer)
+                assert layer.P.grad.shape == layer.P.shape
+        optimizer.zero_grad()
+    assert layers["0"].P.shape == (4, 2)
 
 
 # --- injection ----------------------------------------------------------------------------------------------
@@ -317,8 +462,8 @@ def mixed_layers() -> dict[str, SVDLinear]:
     with torch.no_grad():
         for p in (p for layer in layers.values() for p in (layer.P, layer.Q)):
             p.normal_()
-    layers["0"].alive[1] = False
-    layers["3"].alive[:] = False
+    layers["0"].mask(torch.tensor([True, False, True]))
+    layers["3"].mask(torch.tensor([False, False, False]))
     return layers
 
 
@@ -371,3 +516,27 @@ def test_the_penalty_is_a_few_operations_however_many_adapters_there_are():
         )
 
     assert operations(2) == operations(20)
+
+
+@pytest.mark.parametrize("squared", [False, True])
+def test_its_gradients_can_be_added_to_those_there_are(squared: bool):
+    layers = mixed_layers()
+    layers["0"].mask(torch.tensor([True, False, True]))
+    layers["1"].shrink(torch.tensor([False, False, False]), torch.optim.SGD(layers["1"].parameters(), lr=1))
+    layers["3"].shrink(torch.tensor([True, True, False]), torch.optim.SGD(layers["3"].parameters(), lr=1))
+    params = [p for layer in layers.values() for p in (layer.P, layer.Q)]
+    with torch.no_grad():
+        params[4].copy_(torch.eye(*params[4].shape))  # orthonormal: no gradient, not NaN
+    expected = [
+        p + 0.3 * g
+        for p, g in zip(
+            params, torch.autograd.grad(orthogonality_penalty(layers, squared), params), strict=True
+        )
+    ]
+    for p in params:
+        p.grad = p.detach().clone()
+    params[5].grad = None  # counts as 0
+    expected[5] = expected[5] - params[5]
+    add_penalty_gradients(layers, 0.3, squared)
+    for p, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(p.grad, gradient.detach())

@@ -697,15 +697,15 @@ def test_a_loss_that_is_not_finite_is_said_with_step_and_learning_rate(
 def test_a_gradient_that_is_not_finite_is_said_by_name(
     command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
-    penalty, calls = run_glue.orthogonality_penalty, []
+    penalty, calls = run_glue.add_penalty_gradients, []
 
-    def broken(layers: dict, squared: bool) -> torch.Tensor:
+    def broken(layers: dict, gamma: float, squared: bool) -> None:
+        penalty(layers, gamma, squared)
         calls.append(0)
-        name = "bert.encoder.layer.1.intermediate.dense"
-        extra = (layers[name].Q * 0).sqrt().sum() if len(calls) == 10 else 0  # worth 0, its gradient NaN
-        return penalty(layers, squared=squared) + extra
+        if len(calls) == 10:
+            layers["bert.encoder.layer.1.intermediate.dense"].Q.grad[0, 3] = float("nan")
 
-    monkeypatch.setattr(run_glue, "orthogonality_penalty", broken)
+    monkeypatch.setattr(run_glue, "add_penalty_gradients", broken)
     assert main(command("run")) == 3
     message = error_of(capsys)
     assert "the gradient of bert.encoder.layer.1.intermediate.dense.Q is not finite at step 10" in message
@@ -779,10 +779,10 @@ def test_the_device_is_asked_only_when_losses_are_written(
     """What an update leaves for the check is read once an evaluation, a checkpoint, or 50 updates."""
     write, steps, asked, writing = run_glue.write_losses, [], [], []
 
-    def counted(path: Path, pending: list, names: list[str]) -> list[float]:
-        steps.append([record["step"] for record, _ in pending])
+    def counted(path: Path, pending: list[run_glue.Update]) -> list[float]:
+        steps.append([update.record["step"] for update in pending])
         writing.append(True)
-        losses = write(path, pending, names)
+        losses = write(path, pending)
         writing.clear()
         return losses
 

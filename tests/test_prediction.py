@@ -440,7 +440,7 @@ REFUSED = {
     "no name of a split": (["--eval_only", "{ivon}", "--split", ""], "--split"),
     "a temperature beyond numbers": (
         ["--eval_only", "{ivon}", "--eval_samples", "2", "--temperature", "1e300"],
-        "--temperature 1e+300",
+        "--temperature",
     ),
     "a model that is gone": (["--eval_only", "{ivon}", "--model", "./gone"], "./gone"),
 }

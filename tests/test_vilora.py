@@ -176,7 +176,7 @@ def test_the_best_triplets_are_kept_with_ties_broken_by_position():
     run.allocator.step(T - T_F)  # keeps 8: −9, 3, 2, and the first five of those at 1
     assert list(run.allocator.ranks().values()) == [3, 2, 2, 1, 0, 0]
     assert [layer.lam.tolist() for layer in run.layers.values()] == [
-        [3, 1, 1], [1, 0, -9], [1, 1, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0]
+        [3, 1, 1], [1, -9], [1, 1], [2], [], []  # and the others are gone
     ]  # fmt: skip
 
 
@@ -205,13 +205,27 @@ def test_a_dropped_triplet_keeps_its_gradient_and_comes_back_when_that_makes_it_
     assert lam[i] != 0
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["optimizer given", "optimizer not given"])
 @pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
-def test_after_the_last_allocation_a_dropped_triplet_is_exactly_nothing(optimizer: str, given: bool):
+def test_after_the_last_allocation_a_dropped_triplet_is_gone(optimizer: str):
+    run = Run("mu", optimizer)
+    for t in range(1, T + 1):
+        run.update(t)
+        ranks = run.allocator.ranks() if t >= T - T_F else dict.fromkeys(run.layers, RANK)
+        for name, layer in run.layers.items():
+            r = ranks[name]
+            assert layer.P.shape[1] == len(layer.lam) == layer.Q.shape[0] == r
+            for p in (layer.P, layer.lam, layer.Q):
+                sizes = [value.shape for value in run.optimizer.state[p].values() if value.ndim]
+                assert sizes == [p.shape] * 2  # g and h, or both of Adam's moments
+                assert isinstance(p, nn.Parameter)
+    assert sum(ranks.values()) == 8
+
+
+@pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
+def test_where_it_cannot_be_taken_out_a_dropped_triplet_is_exactly_nothing(optimizer: str):
     """Momentum, decay and noise are there, and reach neither its entries nor anything through them."""
     run = Run("mu", optimizer)
-    if not given:
-        run.allocator = RankAllocator(run.layers, run.budget, "mu")
+    run.allocator = RankAllocator(run.layers, run.budget, "mu")  # knows of no optimizer
     for t in range(1, T + 1):
         run.update(t, allocate=False)
         if t > T - T_F:
@@ -230,20 +244,68 @@ def test_after_the_last_allocation_a_dropped_triplet_is_exactly_nothing(optimize
                 assert not layer.lam[dropped].any()
                 assert not layer.Q[dropped].any()
     assert sum(run.allocator.ranks().values()) == 8
+    if optimizer == "ivon":
+        with run.optimizer.sampled_params(), torch.no_grad():
+            dropped = [(layer, ~layer.alive) for layer in run.layers.values()]
+            assert any(layer.lam[d].any() for layer, d in dropped)  # the noise is there
+            noisy = run.model(run.x), run.loss()
+            for layer, d in dropped:
+                layer.P[:, d] = layer.Q[d] = 1e3
+            assert torch.equal(run.model(run.x), noisy[0])
+            assert torch.equal(run.loss(), noisy[1])
 
 
-def test_the_posteriors_noise_does_not_pass_through_a_dropped_triplet():
-    run = Run("mu")
-    for t in range(1, T + 1):
-        run.update(t)
-    with run.optimizer.sampled_params(), torch.no_grad():
-        dropped = [(layer, ~layer.alive) for layer in run.layers.values()]
-        assert any(layer.lam[d].any() for layer, d in dropped)  # the noise is there
-        noisy = run.model(run.x), run.loss()
-        for layer, d in dropped:
-            layer.P[:, d] = layer.Q[d] = 1e3
-        assert torch.equal(run.model(run.x), noisy[0])
-        assert torch.equal(run.loss(), noisy[1])
+class SameDraws:
+    """Noise for each entry of an adapter's parameter, whether others are still there or not."""
+
+    def __init__(self, run: Run):
+        self.run, self.seed = run, 0
+
+    def __call__(self, flat: Tensor) -> Tensor:
+        self.seed += 1
+        generator, at = torch.Generator().manual_seed(self.seed), 0
+        for name, layer in self.run.layers.items():
+            for part, dim in (("P", 1), ("lam", 0), ("Q", 0)):
+                p, size = getattr(layer, part), list(getattr(layer, part).shape)
+                size[dim] = RANK
+                draw = torch.randn(size, generator=generator)
+                if p.shape[dim] < RANK:
+                    draw = draw.index_select(dim, self.run.allocator.kept[name].nonzero().squeeze(1))
+                flat[at : at + p.numel()] = draw.flatten()
+                at += p.numel()
+        assert at == flat.numel()
+        return flat
+
+
+@pytest.mark.parametrize(("optimizer", "score"), [("ivon", "mu"), ("ivon", "snr"), ("adamw", "sensitivity")])
+def test_training_goes_on_as_if_nothing_had_been_taken_out(
+    optimizer: str, score: str, monkeypatch: pytest.MonkeyPatch
+):
+    """50 updates after the last allocation, beside a run in which the dropped triplets are masked."""
+    shrunk, masked = Run(score, optimizer), Run(score, optimizer)
+
+    def fix_by_masks(self: RankAllocator) -> None:
+        for name, layer in self.layers.items():
+            layer.mask(self.kept[name])
+
+    masked.allocator._fix = fix_by_masks.__get__(masked.allocator)
+    draws = {run: SameDraws(run) for run in (shrunk, masked)}
+    for run in (shrunk, masked):
+        if optimizer == "ivon":
+            monkeypatch.setattr(Tensor, "normal_", lambda flat, own=draws[run]: own(flat))
+        for t in range(1, T - T_F + 51):
+            run.update(t)
+    assert shrunk.allocator.ranks() == masked.allocator.ranks()
+    assert sum(layer.lam.numel() for layer in shrunk.layers.values()) == 8
+    for name, layer in shrunk.layers.items():
+        kept = masked.allocator.kept[name]
+        whole = masked.layers[name]
+        for ours, theirs in (
+            (layer.P, whole.P[:, kept]),
+            (layer.lam, whole.lam[kept]),
+            (layer.Q, whole.Q[kept]),
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("target", [0, 1])

@@ -1,0 +1,378 @@
+"""What a training step costs beyond the frozen backbone's own forward and backward pass.
+
+    python benchmarks/step_cost.py                       # operations, and time on one CPU thread
+    python benchmarks/step_cost.py --counts              # operations alone: exact, seconds
+    python benchmarks/step_cost.py --peers               # peft and ivon-opt too, each in a process of its own
+    python benchmarks/step_cost.py --device cuda --batch 32 --length 256 --bf16
+
+A model of DeBERTaV3-base's shape (12 layers, 768 wide, six maps a layer) with random weights and adapters of
+rank 3. Operations are tensor operations dispatched below autograd, without views and empty allocations. Each
+time is taken in turns with the frozen backbone's and given as a ratio to it, the median over the repeats.
+How to read it: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+ROOT = Path(__file__).resolve().parent.parent
+RANK, ALPHA, GAMMA = 3, 32, 0.1
+TARGETS = (
+    "query_proj",
+    "key_proj",
+    "value_proj",
+    "attention.output.dense",
+    "intermediate.dense",
+    "output.dense",
+)
+NOT_COUNTED = set(
+    "view t transpose permute expand slice select unsqueeze squeeze detach as_strided alias _unsafe_view "
+    "unbind split split_with_sizes lift_fresh reshape is_same_size empty empty_like _to_copy "
+    "_reshape_alias".split()
+)
+
+
+class Operations(TorchDispatchMode):
+    """Counts, for the length of a block, what is dispatched below autograd."""
+
+    def __init__(self):
+        super().__init__()
+        self.by_name: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.by_name[func.overloadpacket.__name__] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def total(self) -> int:
+        return sum(n for name, n in self.by_name.items() if name not in NOT_COUNTED)
+
+
+def operations(step: Callable[[], object]) -> int:
+    """Of one step, after another that makes what is made once."""
+    step()
+    with Operations() as counted:
+        step()
+    return counted.total
+
+
+def backbone(layers: int, device: str) -> nn.Module:
+    """DeBERTaV3-base's shape but for a small vocabulary, frozen but for the head; in training mode."""
+    torch.manual_seed(0)
+    config = transformers.DebertaV2Config(
+        vocab_size=200, hidden_size=768, num_hidden_layers=layers, num_attention_heads=12,
+        intermediate_size=3072, max_position_embeddings=512, relative_attention=True, position_buckets=256,
+        norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
+        position_biased_input=False, type_vocab_size=0, num_labels=2,
+    )  # fmt: skip
+    model = transformers.DebertaV2ForSequenceClassification(config).to(device)
+    model.requires_grad_(False)
+    unfreeze_head(model)
+    return model.train()
+
+
+def unfreeze_head(model: nn.Module) -> None:
+    for name, p in model.named_parameters():
+        if name.startswith(("pooler", "classifier")):
+            p.requires_grad_(True)
+
+
+class Batch:
+    """Token ids and labels, and the passes over them that all have in common."""
+
+    def __init__(self, batch: int, length: int, device: str, bf16: bool):
+        ids = torch.randint(3, 200, (batch, length), device=device)
+        self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        self.labels = torch.arange(batch, device=device) % 2
+        self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
+
+    def backward(self, model: nn.Module) -> None:
+        with self.autocast:
+            loss = F.cross_entropy(model(**self.inputs).logits.float(), self.labels)
+        loss.backward()
+
+    def frozen(self, model: nn.Module) -> Callable[[], None]:
+        """The backbone's forward and backward pass: the gradient goes down to the embeddings."""
+        model.deberta.embeddings.register_forward_hook(
+            lambda _module, _inputs, output: output.requires_grad_()
+        )
+
+        def step() -> None:
+            self.backward(model)
+            model.zero_grad()
+
+        return step
+
+
+def ours(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
+    """Name of a row → one step of this code."""
+    sys.path.insert(0, str(ROOT))
+    from adalora import add_penalty_gradients, inject
+    from budget import CubicBudget
+    from ivon import IVON
+    from vilora import RankAllocator
+
+    batch, n = Batch(args.batch, args.length, args.device, args.bf16), 6 * args.layers
+
+    def training(optimizer_name: str, score: str, at: str) -> Callable[[], None]:
+        """A whole step: "between" two allocations, at an "allocation", or "after" the last one."""
+        model = backbone(args.layers, args.device)
+        layers = inject(model, TARGETS, RANK, ALPHA)
+        unfreeze_head(model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        ivon = optimizer_name == "IVON"
+        optimizer = IVON(trained, 0.1, 8551.0) if ivon else torch.optim.AdamW(trained, fused=True)
+        budget = CubicBudget(RANK * n, 2 * n, 10**9, 2, 5 * 10**8, 1 if at == "allocation" else 10**6)
+        allocator = RankAllocator(layers, budget, score, optimizer)
+        t = 10
+        if at == "after":
+            batch.backward(model)
+            allocator.step(budget.last_allocation)
+            t = budget.last_allocation + 1
+        forward = torch.compile(model) if args.compile else model
+
+        def step() -> None:
+            nonlocal t
+            with optimizer.sampled_params(train=True) if ivon else nullcontext():
+                batch.backward(forward)
+                add_penalty_gradients(layers, GAMMA)
+            optimizer.step()
+            allocator.step(t)
+            optimizer.zero_grad()
+            t += 1
+
+        return step
+
+    def adapters(kind: str) -> Callable[[], None]:
+        model = backbone(args.layers, args.device)
+        layers = inject(model, TARGETS, RANK, ALPHA, kind=kind)
+        unfreeze_head(model)
+
+        def step() -> None:
+            batch.backward(model)
+            if kind == "svd":
+                add_penalty_gradients(layers, GAMMA)
+            model.zero_grad()
+
+        return step
+
+    return {
+        "LoRA, forward + backward": lambda: adapters("lora"),
+        "AdaLoRA, forward + backward + penalty": lambda: adapters("svd"),
+        "IVON + mu, whole step": lambda: training("IVON", "mu", "between"),
+        "IVON + mu, whole step that allocates": lambda: training("IVON", "mu", "allocation"),
+        "IVON + snr, whole step that allocates": lambda: training("IVON", "snr", "allocation"),
+        "IVON + mu, whole step after the last allocation": lambda: training("IVON", "mu", "after"),
+        "AdamW + sensitivity, whole step": lambda: training("AdamW", "sensitivity", "between"),
+        "AdamW + sensitivity, whole step that allocates": lambda: training(
+            "AdamW", "sensitivity", "allocation"
+        ),
+    }
+
+
+def peft_rows(args: argparse.Namespace) -> dict[str, Callable[[], Callable[[], None]]]:
+    """The same of peft."""
+    import peft
+
+    batch = Batch(args.batch, args.length, args.device, args.bf16)
+
+    def adapters(kind: str, allocate: bool = False) -> Callable[[], None]:
+        common = {
+            "task_type": "SEQ_CLS",
+            "target_modules": list(TARGETS),
+            "lora_alpha": ALPHA,
+            "lora_dropout": 0.0,
+        }
+        if kind == "lora":
+            config = peft.LoraConfig(r=RANK, **common)
+        else:
+            schedule = {"total_step": 10**9, "tinit": 2, "tfinal": 5 * 10**8, "deltaT": 10**6}
+            config = peft.AdaLoraConfig(init_r=RANK, target_r=2, orth_reg_weight=GAMMA, **schedule, **common)
+        model = peft.get_peft_model(backbone(args.layers, args.device), config).train()
+        t = 10
+
+        def step() -> None:
+            nonlocal t
+            with batch.autocast:
+                loss = model(**batch.inputs, labels=batch.labels).loss  # AdaLoRA's penalty included
+            loss.backward()
+            if allocate:
+                model.base_model.update_and_allocate(t)
+            model.zero_grad()
+            t += 1
+
+        return step
+
+    return {
+        "peft LoRA, forward + backward": lambda: adapters("lora"),
+        "peft AdaLoRA, forward + backward + penalty": lambda: adapters("adalora"),
+        "… + update_and_allocate": lambda: adapters("adalora", allocate=True),
+    }
+
+
+def optimizer_step(args: argparse.Namespace, which: str) -> Callable[[], None]:
+    """IVON's sample, restore and step on the adapters' parameters, which have their gradients already."""
+    if which == "ours":
+        sys.path.insert(0, str(ROOT))
+    from ivon import IVON  # this one, or in a process that does not see this folder the public one
+
+    torch.manual_seed(0)
+    shapes = [(768, 768)] * 4 + [(3072, 768), (768, 3072)]
+    params = [
+        nn.Parameter(torch.randn(shape, device=args.device) * 0.02)
+        for d_out, d_in in shapes * args.layers
+        for shape in ((d_out, RANK), (RANK,), (RANK, d_in))
+    ]
+    settings = {"hess_init": 1.0, "beta1": 0.9, "beta2": 0.99999, "weight_decay": 1e-8, "clip_radius": 1e-3}
+    optimizer = IVON(params, lr=0.4, ess=8551.0, **settings)
+    grads = [torch.randn_like(p) * 1e-3 for p in params]
+
+    def step() -> None:
+        with optimizer.sampled_params(train=True):
+            for p, grad in zip(params, grads, strict=True):
+                p.grad = grad
+        optimizer.step()
+
+    return step
+
+
+# ---- measuring -----------------------------------------------------------------------------------------
+
+
+def seconds(step: Callable[[], object], device: str) -> float:
+    """Of one step: on a GPU between two of its events, else of this process's own time on the CPU."""
+    if device.startswith("cuda"):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def compared(step: Callable, reference: Callable, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a step, and its ratio to a reference that it takes turns with: medians."""
+    for _ in range(args.warmup):
+        reference()
+        step()
+    if args.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    ratios, times = [], []
+    for _ in range(args.repeats):
+        base = seconds(reference, args.device)
+        times.append(seconds(step, args.device))
+        ratios.append(times[-1] / base)
+    row = {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
+    if args.device.startswith("cuda"):
+        row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
+    return row
+
+
+def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]:
+    """Rows of one implementation: "ours", "peft", "ivon-ours" or "ivon-public"."""
+    torch.set_num_threads(args.threads)
+    if which.startswith("ivon"):
+        step = optimizer_step(args, which.removeprefix("ivon-"))
+        name = "IVON" if which == "ivon-ours" else "ivon-opt"
+        row = {"operations": operations(step)}
+        if not args.counts:
+            row |= compared(step, step, args)
+            del row["ratio"]
+        return {f"{name}: sample + restore + step": row}
+    reference = Batch(args.batch, args.length, args.device, args.bf16).frozen(
+        backbone(args.layers, args.device)
+    )
+    rows = {"frozen backbone, forward + backward": {"operations": operations(reference), "ratio": 1.0}}
+    if not args.counts:
+        rows["frozen backbone, forward + backward"] |= compared(reference, reference, args) | {"ratio": 1.0}
+    for name, make in (ours if which == "ours" else peft_rows)(args).items():
+        step = make()
+        compiled, row = args.compile and "whole step" in name, {}
+        if not compiled:  # a compiled graph is not dispatched operation by operation
+            row["operations"] = operations(step)
+        if not args.counts:
+            row |= compared(step, reference, args)
+        rows[f"{name}, compiled" if compiled else name] = row
+        del step
+    return rows
+
+
+def table(rows: dict[str, dict[str, float]]) -> str:
+    head = {
+        "operations": "operations",
+        "seconds": "ms",
+        "ratio": "ratio to frozen",
+        "peak_memory_mb": "peak MB",
+    }
+    columns = [key for key in head if any(key in row for row in rows.values())]
+    lines = ["|  | " + " | ".join(head[key] for key in columns) + " |", "| --- |" + " --- |" * len(columns)]
+    write = {
+        "operations": "{:,.0f}".format,
+        "seconds": lambda s: f"{1000 * s:,.2f}",
+        "ratio": "{:.3f}".format,
+        "peak_memory_mb": "{:,.0f}".format,
+    }
+    for name, row in rows.items():
+        cells = (write[key](row[key]) if key in row else "" for key in columns)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=64)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--bf16", action="store_true", help="autocast on the backbone")
+    parser.add_argument("--compile", action="store_true", help="whole steps with torch.compile")
+    parser.add_argument("--counts", action="store_true", help="operations alone")
+    parser.add_argument("--peers", action="store_true", help="peft and ivon-opt as well")
+    parser.add_argument("--only", help=argparse.SUPPRESS)  # of a process of its own: its rows as JSON
+    args = parser.parse_args()
+    if args.only:
+        print(json.dumps(measure(args, args.only)))
+        return
+    rows = {}
+    for which in ("ours", "ivon-ours", *(("peft", "ivon-public") if args.peers else ())):
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{which}: {done.stderr.strip().splitlines()[-1]}")
+        found = json.loads(done.stdout.splitlines()[-1])
+        rows |= {
+            name if which in ("ours", "ivon-ours") or name not in rows else f"{name} ({which})": row
+            for name, row in found.items()
+        }
+    where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()
+    precision = "bf16" if args.bf16 else "float32"
+    size, threads = f"batch {args.batch} × {args.length}", f"{args.threads} thread(s)"
+    print(f"{where}, {threads}, {size}, {precision}, torch {torch.__version__}\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
