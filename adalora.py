@@ -48,7 +48,7 @@ class AddLowRank(torch.autograd.Function):
         grad_u = grad @ B
         grad_x = (grad @ W).addmm_(grad_u, A) if ctx.needs_input_grad[0] else None
         grad_x = None if grad_x is None else grad_x.view(*grad_y.shape[:-1], -1)
-        return grad_x, None, None, grad.T @ u, grad_u.T @ rows
+        return grad_x, None, None, (u.T @ grad).T, grad_u.T @ rows  # (…).T: a faster product than grad.T @ u
 
 
 def add_low_rank(base: nn.Module, x: Tensor, B: Tensor, A: Tensor, dropout: nn.Dropout) -> Tensor:

@@ -85,7 +85,7 @@ def export(args: argparse.Namespace) -> None:
         )
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise UsageError(f"{args.folder} exists: give a new folder")
-    check_device(settings.device)
+    check_device(settings)
     tokenizer, model, layers, _ = load_run(args.run, settings)
     if task.labels:
         model.config.id2label = dict(enumerate(task.labels))

@@ -181,6 +181,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--predict", type=Path, metavar="FILE", help="with --eval_only: predictions as GLUE's submission TSV")
     add("--probabilities", action="store_true", help="with --predict: the classes' probabilities beside them")
     add("--device", help="cpu, cuda, cuda:1, mps, … (cuda if there is one)")
+    add("--bf16", action="store_true", help="the frozen backbone's products in bfloat16")
+    add("--compile", action="store_true", help="train with torch.compile")
     add("--output_dir", type=Path, help="(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)")
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     add("--resume", action="store_true", help="go on with the run in the output folder, if there is one")
@@ -602,11 +604,35 @@ def checksum(tensors: Iterable[Tensor]) -> str:
     return f"{value:08x}"
 
 
-def check_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=torch.device(name)).cpu()
-    except Exception as error:  # every backend that is not there says so in its own way
-        raise UsageError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+def check_device(args: argparse.Namespace) -> None:
+    """Try what the flags ask of the device. Raises UsageError."""
+    trials = {f"--device {args.device}": lambda: torch.zeros(1, device=args.device).cpu()}
+    if args.bf16:
+        trials["--bf16"] = lambda: bf16_product(args)
+    if args.compile:
+        trials["--compile"] = lambda: torch.compile(torch.neg)(torch.zeros(1, device=args.device))
+    for flag, trial in trials.items():
+        try:
+            trial()
+        except Exception as error:  # every backend that is not there says so in its own way
+            why = str(error).strip().splitlines()[0]
+            raise UsageError(f"{flag} cannot be used on {args.device}: {why}") from None
+    # TF32, on GPUs that have it: float32 products are several times faster there.
+    torch.set_float32_matmul_precision("high" if args.device.startswith("cuda") else "highest")
+
+
+def bf16_product(args: argparse.Namespace) -> None:
+    if args.device.startswith("cuda") and not torch.cuda.is_bf16_supported():
+        raise ValueError("this GPU has no bfloat16")
+    x = torch.ones(2, 2, device=args.device)
+    with backbone_precision(args):
+        if (x @ x).dtype != torch.bfloat16:
+            raise ValueError("products stay in float32")
+
+
+def backbone_precision(args: argparse.Namespace) -> torch.autocast:
+    """With --bf16, for the length of a block, products in bfloat16; adapters keep to float32."""
+    return torch.autocast(torch.device(args.device).type, torch.bfloat16, enabled=args.bf16)
 
 
 def is_finished(folder: Path) -> bool:
@@ -767,7 +793,7 @@ def run(args: argparse.Namespace) -> None:
     check_free(args)
     for name in ("config.json", "adapter/x", "checkpoint/x"):
         check_writable(folder / name, f"--output_dir {folder}")
-    check_device(args.device)
+    check_device(args)
     dataset = load_data(args, ("train", *task.validation))
     tokenizer, model, layers, head, encoder = adapted_model(args, task)
     model.train()
@@ -828,6 +854,7 @@ def run(args: argparse.Namespace) -> None:
         best, last, evaluating = (progress[name] for name in ("best", "last", "evaluating"))
         started, pending = time.perf_counter() - progress["seconds"], []
         first_phase, draws = (args.first_lr, args.first_steps), args.mc_samples or 1
+        forward = torch.compile(model) if args.compile else model
         collate, labels = transformers.DataCollatorWithPadding(tokenizer), labels.to(model.device)
         lengths = torch.tensor([len(example["input_ids"]) for example in features])
         by_length = lengths if args.group_by_length else None
@@ -848,7 +875,9 @@ def run(args: argparse.Namespace) -> None:
                     for micro in batch.split(args.batch_size):
                         inputs = collate([features[i] for i in micro]).to(model.device)
                         share = len(micro) / len(batch)
-                        micro_loss = task_loss(model(**inputs).logits, labels[micro]) * share
+                        with backbone_precision(args):
+                            logits = forward(**inputs).logits.float()
+                        micro_loss = task_loss(logits, labels[micro]) * share
                         micro_loss.backward()
                         loss += micro_loss.detach() / draws
                     if args.orth:
@@ -877,7 +906,8 @@ def run(args: argparse.Namespace) -> None:
                 last = {"step": t}
                 sigma = sigmas_by_name(model, optimizer)
                 try:
-                    evaluated = evaluate(model, validation, args, sigma)
+                    with backbone_precision(args):
+                        evaluated = evaluate(model, validation, args, sigma)
                 except FloatingPointError as error:
                     raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
                 for split, scores in evaluated.items():
@@ -934,6 +964,7 @@ def run_settings(run: Path, given: Mapping[str, object]) -> argparse.Namespace:
         names = "task method optimizer score target_rank init_rank targets alpha max_length".split()
         flags = {name: config[name] for name in names if name not in OTHER_FLAGS[config["method"]]}
         flags |= {name: config[name] for name in ("model", "data_dir", "seed", "eval_batch_size")}
+        flags["bf16"] = config.get("bf16", False)
         if config["demo"]:
             flags |= {"model": HERE / "demo/model", "data_dir": HERE / "demo"}
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
@@ -942,7 +973,9 @@ def run_settings(run: Path, given: Mapping[str, object]) -> argparse.Namespace:
         raise UsageError(f"{run} is not finished, it has no results.json")
     argv = []
     for name, value in (flags | given).items():
-        if value is not None:
+        if value is True:
+            argv.append(f"--{name}")
+        elif value is not None and value is not False:
             argv += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     settings = parse_args(argv)
     settings.encoder = config.get("encoder")
@@ -983,7 +1016,7 @@ def evaluate_run(args: argparse.Namespace) -> None:
     for path in [args.predict] if args.predict else [folder / name for name in EVALUATION]:
         check_writable(path, path)
 
-    check_device(settings.device)
+    check_device(settings)
     dataset = load_data(settings, names)
     tokenizer, model, _, sigma = load_run(args.eval_only, settings)
     splits = evaluation_splits(dataset, names, task, tokenizer, settings)
@@ -991,9 +1024,10 @@ def evaluate_run(args: argparse.Namespace) -> None:
 
     def predictions_of(split: Split, samples: int, tau: float) -> Tensor:
         try:
-            if samples:
-                return predict_from_posterior(model, split, sigma, samples, tau, settings.seed)
-            return predict(model, split)
+            with backbone_precision(settings):
+                if samples:
+                    return predict_from_posterior(model, split, sigma, samples, tau, settings.seed)
+                return predict(model, split)
         except FloatingPointError as error:
             raise UsageError(f"{error} ({f'--temperature {tau:g}' if samples else 'at the mean'})") from None
 

@@ -301,7 +301,7 @@ def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]
     reference = Batch(args.batch, args.length, args.device, args.bf16).frozen(
         backbone(args.layers, args.device)
     )
-    rows = {"frozen backbone, forward + backward": {"operations": operations(reference), "ratio": 1.0}}
+    rows = {"frozen backbone, forward + backward": {"operations": operations(reference)}}
     if not args.counts:
         rows["frozen backbone, forward + backward"] |= compared(reference, reference, args) | {"ratio": 1.0}
     for name, make in (ours if which == "ours" else peft_rows)(args).items():

@@ -13,7 +13,9 @@ import torch
 import transformers
 from conftest import electra_checkpoint, write_glue
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 
+import run_glue
 from adalora import TARGETS, inject
 from budget import CubicBudget
 from glue import TASKS, task_of
@@ -355,6 +357,64 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_status_3(
     assert main(command(bert, glue_folder, tmp_path / "run", "--optimizer", "adamw", "--lr", "1e30")) == 3
     assert "not finite" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "run/results.json").exists()
+
+
+def test_with_bf16_the_backbone_computes_in_bfloat16_and_all_that_is_trained_in_float32(
+    bert: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen, plain = set(), run_glue.add_penalty_gradients
+
+    def look(layers: dict, *args: object, **kwargs: object) -> None:
+        plain(layers, *args, **kwargs)
+        layer = next(iter(layers.values()))
+        with torch.autocast("cpu", torch.bfloat16):
+            seen.add(("base", layer.base(torch.ones(1, 16)).dtype))
+        seen.update(
+            ("trained", tensor.dtype) for p in layer.parameters() for tensor in (p, p.grad) if p.requires_grad
+        )
+
+    monkeypatch.setattr(run_glue, "add_penalty_gradients", look)
+    assert main(command(bert, glue_folder, tmp_path / "run", "--bf16")) == 0
+    assert seen == {("base", torch.bfloat16), ("trained", torch.float32)}
+    assert main(command(bert, glue_folder, tmp_path / "plain")) == 0
+    losses = [
+        [record["loss"] for record in read(tmp_path / name)[2] if "loss" in record]
+        for name in ("run", "plain")
+    ]
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    monkeypatch.undo()
+    assert main(["--eval_only", str(tmp_path / "run")]) == 0  # in bfloat16 too: the same numbers
+    again = json.loads((tmp_path / "run/evaluation.json").read_text())["evaluations"][0]
+    best = read(tmp_path / "run")[1]["best"]
+    assert again["matthews_correlation"] == best["matthews_correlation"]
+
+
+def test_a_compiled_run_is_the_same_run_and_only_the_cut_compiles_it_anew(
+    bert: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With dynamo and the derivatives' tracer, but no code generator: what it could not follow would show."""
+    compiled, graphs, eager = torch.compile, [], run_glue.learning_rate
+
+    def count(*args: float) -> float:
+        graphs.append(counters["stats"]["unique_graphs"])
+        return eager(*args)
+
+    monkeypatch.setattr(torch, "compile", lambda model: compiled(model, backend="aot_eager"))
+    monkeypatch.setattr(run_glue, "learning_rate", count)
+    counters.clear()
+    more = ["--eval_every", "24", "--batch_size", "6", "--tinit", "5", "--tfinal", "8", "--delta_t", "1"]
+    assert main([*command(bert, glue_folder, tmp_path / "run", "--compile"), *more]) == 0
+    assert not counters["graph_break"]
+    assert graphs[3] > 0
+    # Four batches an epoch. The first epochs see new lengths; then nothing is new until T − t_f = 16.
+    assert graphs[8] == graphs[16] < graphs[17]
+    assert graphs[20] == graphs[23]
+    monkeypatch.undo()
+    assert main([*command(bert, glue_folder, tmp_path / "plain"), *more]) == 0
+    for ours, plain in zip(read(tmp_path / "run")[2], read(tmp_path / "plain")[2], strict=True):
+        if "loss" in ours:
+            assert ours["loss"] == pytest.approx(plain["loss"], rel=0.2)  # dropout draws differ
 
 
 def test_batches_of_like_length_have_every_example_once_an_epoch_in_random_order():
