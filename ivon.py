@@ -256,7 +256,10 @@ class IVON(torch.optim.Optimizer):
         return self.state[p]
 
     def _flat_buckets(self, among: Collection[Tensor] | None = None) -> Iterator[tuple[dict, Flat]]:
-        for group, params in self._buckets(among):
+        for group, bucket in self._buckets(among):
+            params = [p for p in bucket if p.numel()]  # nothing is left of some
+            if not params:
+                continue
             states = [self._state(p, group) for p in params]
             key = (id(group), params[0].device, params[0].dtype)
             if key not in self._flats or not self._flats[key].holds(params, states):

@@ -73,9 +73,6 @@ class RankAllocator:
         self.followed = self.computable if track else [score]
         self.track, self.tracked = track, []
         self.kept = {name: torch.ones_like(layer.alive) for name, layer in layers.items()}
-        self._groups: dict[tuple[int, ...], list[SVDLinear]] = defaultdict(list)
-        for layer in layers.values():
-            self._groups[(*layer.P.shape, layer.Q.shape[1])].append(layer)
         # From T − t_f on: each P, λ and Q that is masked, and its mask.
         self._masked: tuple[list[Tensor], list[Tensor]] | None = None
 
@@ -83,7 +80,7 @@ class RankAllocator:
     def step(self, t: int) -> None:
         """After the optimizer's step of update t (counted from 1), while `p.grad` is still there."""
         if "sensitivity" in self.followed and t <= self.budget.last_allocation:
-            for group, layers in self._groups.items():
+            for group, layers in self._groups().items():
                 for part in PARTS:
                     theta, grad = _parameters(layers, part)
                     self.ema.update((*group, part), torch.stack(theta), torch.stack(grad))
@@ -100,7 +97,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def triplet_scores(self) -> dict[str, Tensor]:
-        """Every triplet's score now, (r,) by adapter."""
+        """Every triplet's score now, (r,) by adapter; sensitivity's only until the last allocation."""
         S = self._scores([self.score])[self.score]
         return dict(zip(self.layers, S.split(self._sizes()), strict=True))
 
@@ -111,10 +108,17 @@ class RankAllocator:
         self.ema.load_state_dict(state["ema"])
         for averages in (self.ema.I_bar, self.ema.U_bar):
             for key, value in averages.items():  # from wherever the state was loaded to
-                averages[key] = value.to(self._groups[key[:-1]][0].P.device)
+                averages[key] = value.to(next(iter(self.layers.values())).P.device)
         for name, kept in self.kept.items():
             kept.copy_(state["kept"][name])
         self._masked = None
+
+    def _groups(self) -> dict[tuple[int, int, int], list[SVDLinear]]:
+        """The adapters of one shape: (d_out, r, d_in) → them."""
+        groups = defaultdict(list)
+        for layer in self.layers.values():
+            groups[(*layer.P.shape, layer.Q.shape[1])].append(layer)
+        return groups
 
     def _sizes(self) -> list[int]:
         return [layer.lam.numel() for layer in self.layers.values()]
@@ -122,8 +126,8 @@ class RankAllocator:
     def _scores(self, names: list[str]) -> dict[str, Tensor]:
         """Of each score named, all triplets' in the order of the adapters: (n,)."""
         of_layer = {}
-        for group, layers in self._groups.items():
-            s_P, s_lam, s_Q = (self._elementwise(group, part, names) for part in PARTS)
+        for group, layers in self._groups().items():
+            s_P, s_lam, s_Q = (self._elementwise(group, layers, part, names) for part in PARTS)
             S = [
                 s_lam[name] if name == "lambda" else triplet_scores(s_P[name], s_lam[name], s_Q[name])
                 for name in names
@@ -132,9 +136,11 @@ class RankAllocator:
         S = torch.cat([of_layer[layer] for layer in self.layers.values()], dim=1)
         return dict(zip(names, S, strict=True))
 
-    def _elementwise(self, group: tuple[int, ...], part: str, names: list[str]) -> dict[str, Tensor]:
+    def _elementwise(
+        self, group: tuple[int, int, int], layers: list[SVDLinear], part: str, names: list[str]
+    ) -> dict[str, Tensor]:
         """s(θ) of one part of all adapters in a group, stacked, of each score named."""
-        params, grads = _parameters(self._groups[group], part)
+        params, grads = _parameters(layers, part)
         needs = {SCORES[name].needs for name in names if name != "sensitivity"}
         theta, given = torch.stack(params), {"nothing": None}
         if "gradient" in needs:

@@ -89,10 +89,10 @@ def scores_by_loop(run: Run, score: str) -> dict[str, np.ndarray]:
         for part in ("P", "lam", "Q"):
             p = getattr(layer, part)
             sigma = run.optimizer.sigma(p) if isinstance(run.optimizer, IVON) else torch.ones_like(p)
-            s[part] = elementwise(score, float64(p), float64(p.grad), float64(sigma))
-        result[name] = np.array([
-            s["lam"][i] + (score != "lambda") * (s["P"][:, i].mean() + s["Q"][i].mean()) for i in range(RANK)
-        ])  # fmt: skip
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            s[part] = elementwise(score, float64(p), float64(grad), float64(sigma))
+        triplets = [s["P"][:, i].mean() + s["Q"][i].mean() for i in range(len(s["lam"]))]
+        result[name] = s["lam"] + (score != "lambda") * np.array(triplets)
     return result
 
 
@@ -207,7 +207,7 @@ def test_a_dropped_triplet_keeps_its_gradient_and_comes_back_when_that_makes_it_
 
 @pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
 def test_after_the_last_allocation_a_dropped_triplet_is_gone(optimizer: str):
-    run = Run("mu", optimizer)
+    run = Run("mu", optimizer, target=4)
     for t in range(1, T + 1):
         run.update(t)
         ranks = run.allocator.ranks() if t >= T - T_F else dict.fromkeys(run.layers, RANK)
@@ -218,7 +218,24 @@ def test_after_the_last_allocation_a_dropped_triplet_is_gone(optimizer: str):
                 sizes = [value.shape for value in run.optimizer.state[p].values() if value.ndim]
                 assert sizes == [p.shape] * 2  # g and h, or both of Adam's moments
                 assert isinstance(p, nn.Parameter)
-    assert sum(ranks.values()) == 8
+    assert sum(ranks.values()) == 4
+    assert 0 in ranks.values()
+    if optimizer == "ivon":  # still one vector of all, though what has no rank gets no gradient
+        flats = list(run.optimizer._flats.values())
+        run.update(T)
+        assert list(run.optimizer._flats.values()) == flats
+
+
+@pytest.mark.parametrize("score", ["mu", "snr", "raw_sensitivity", "lambda"])
+def test_what_is_left_still_has_scores(score: str):
+    run = Run(score)
+    for t in range(1, T + 1):
+        run.update(t)
+    run.update(T + 1, allocate=False)
+    expected = scores_by_loop(run, score)
+    for name, S in run.allocator.triplet_scores().items():
+        np.testing.assert_allclose(float64(S), expected[name], rtol=1e-5)
+    assert sum(map(len, expected.values())) == 8
 
 
 @pytest.mark.parametrize("optimizer", ["ivon", "adamw"])
