@@ -30,40 +30,54 @@ HEADS |= {"score", "lm_head", "cls", "qa_outputs"}
 
 class AddLowRank(torch.autograd.Function):
     """y = x Wᵀ + b + (x Aᵀ) Bᵀ with W and b frozen: two operations more than the frozen map's, and four more
-    in the backward pass. Shapes: x (…, d_in), W (d_out, d_in), B (d_out, r), A (r, d_in).
+    in the backward pass. Shapes: x (n, d_in), W (d_out, d_in), B (d_out, r), A (r, d_in).
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        u = rows @ A.T
-        ctx.save_for_backward(rows, W, B, A, u)
-        return F.linear(rows, W, b).addmm_(u, B.T).view(*x.shape[:-1], -1)
+        u = x @ A.T
+        ctx.save_for_backward(x, W, B, A, u)
+        return F.linear(x, W, b).addmm_(u, B.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        rows, W, B, A, u = ctx.saved_tensors
-        grad = grad_y.reshape(-1, grad_y.shape[-1])
-        grad_u = grad @ B
-        grad_x = (grad @ W).addmm_(grad_u, A) if ctx.needs_input_grad[0] else None
-        grad_x = None if grad_x is None else grad_x.view(*grad_y.shape[:-1], -1)
-        return grad_x, None, None, (u.T @ grad).T, grad_u.T @ rows  # (…).T: a faster product than grad.T @ u
+        x, W, B, A, u = ctx.saved_tensors
+        grad_u = grad_y @ B
+        grad_x = (grad_y @ W).addmm_(grad_u, A) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, (u.T @ grad_y).T, grad_u.T @ x  # (…).T: a faster product than grad_y.T @ u
 
 
 def add_low_rank(base: nn.Module, x: Tensor, B: Tensor, A: Tensor, dropout: nn.Dropout) -> Tensor:
-    """base(x) + B A x, whatever the base is."""
+    """base(x) + B A x."""
     if (
-        type(base) is nn.Linear
+        _is_plain(base)
         and base.weight.dtype == x.dtype == A.dtype
-        and not (base.weight.requires_grad or (dropout.training and dropout.p))
+        and not (dropout.training and dropout.p)
         and not torch.is_autocast_enabled(x.device.type)
     ):
-        return AddLowRank.apply(x, base.weight, base.bias, B, A)
-    # Of a lower precision, which the adapter does not share, quantised, not frozen, with dropout.
+        y = AddLowRank.apply(x.reshape(-1, base.in_features), base.weight, base.bias, B, A)
+        return y.view(*x.shape[:-1], base.out_features)
+    # Any other base (quantised, of a lower precision, with hooks, not frozen), dropout, or autocast, in which
+    # the adapter keeps its precision.
     y = base(x)
     with torch.autocast(x.device.type, enabled=False):
         return y + F.linear(F.linear(dropout(x).to(A.dtype), A), B).to(y.dtype)
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether base(x) is x Wᵀ + b with W and b frozen, and nothing else happens when it is called."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    frozen = not any(p.requires_grad for p in base.parameters())
+    return type(base) is nn.Linear and frozen and not any(hooks) and "forward" not in base.__dict__
+
+
+def _replace(p: nn.Parameter, new: Tensor) -> None:
+    """Give a parameter other data, of another shape perhaps. Its gradient goes."""
+    p.grad = None
+    # While a graph of p is held, autograd keeps p's old shape; a change of type makes it forget.
+    p.data = new.to(torch.float32 if new.dtype == torch.float16 else torch.float16)
+    p.data = new
 
 
 class SVDLinear(nn.Module):
@@ -71,8 +85,8 @@ class SVDLinear(nn.Module):
 
     Shapes: P (d_out, r), lam = λ (r,), Q (r, d_in). P, Q ~ N(0, 0.02²) and λ = 0, so a fresh adapter changes
     nothing. Once it is decided for good which triplets stay, the others are taken out (`shrink`), or, where
-    that cannot be, held off (`mask`): one that is not `alive` (r,) contributes nothing and gets no gradient,
-    whatever its entries are.
+    that cannot be, held off (`mask`): one that is not `alive` (r,) then contributes nothing and gets no
+    gradient, whatever its entries are.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -91,12 +105,14 @@ class SVDLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.lam.numel():
             return self.base(x)
-        scaled = ScaleTogether.scale([self])[0] if self.scaled is None else self.scaled
+        wanted = torch.is_grad_enabled() and (self.P.requires_grad or self.lam.requires_grad)
+        usable = self.scaled is not None and self.scaled.requires_grad == wanted
+        scaled = self.scaled if usable else ScaleTogether.scale([self])[0]
         return add_low_rank(self.base, x, scaled, self.Q, self.dropout)
 
     def delta(self) -> Tensor:
         """s·P Λ Q, what the adapter adds to the base's weight: (d_out, d_in)."""
-        return self.scaling * (self.P * (self.lam * self.alive)) @ self.Q
+        return ScaleTogether.scale([self])[0] @ self.Q
 
     def mask(self, alive: Tensor) -> None:
         """Hold all others off."""
@@ -112,10 +128,8 @@ class SVDLinear(nn.Module):
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.shape == p.shape:
                     state[key] = value.index_select(dim, index)
-            kept, grad = p.data.index_select(dim, index), p.grad
-            p.grad = None
-            p.data = kept.to(torch.float16)  # a change of type makes autograd forget p's old shape
-            p.data = kept
+            grad = p.grad
+            _replace(p, p.data.index_select(dim, index))
             p.grad = None if grad is None else grad.index_select(dim, index)
         self.alive = self.alive[index]
 
@@ -125,7 +139,7 @@ class SVDLinear(nn.Module):
             for p, dim in ((self.P, 1), (self.lam, 0), (self.Q, 0)):
                 shape = list(p.shape)
                 shape[dim] = len(lam)
-                p.data = p.data.new_empty(shape)
+                _replace(p, p.data.new_empty(shape))
             self.alive = self.alive.new_ones(len(lam))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.masked = not bool(self.alive.all())
@@ -133,24 +147,25 @@ class SVDLinear(nn.Module):
 
 class ScaleTogether:
     """Hooks of a model: for the length of its forward pass each adapter has its s·P Λ, made for all of one
-    shape by a few operations. An adapter that is called alone makes its own, and so do all of a model that
-    checkpoints activations: what it computes again must be what it computed.
+    shape by a few operations. An adapter that is called alone makes its own, and so do all of a transformers
+    model that checkpoints activations, which calls them again outside of its forward pass.
     """
 
     def __init__(self, layers: Iterable[SVDLinear]):
         self.layers = list(layers)
 
     def before(self, model: nn.Module, _inputs: tuple) -> None:
+        self.after()  # what an interrupted pass has left
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             return
         by_shape = defaultdict(list)
         for layer in self.layers:
-            by_shape[layer.P.shape, layer.scaling].append(layer)
+            by_shape[layer.P.shape, layer.P.dtype, layer.P.device, layer.scaling].append(layer)
         for same in by_shape.values():
             for layer, scaled in zip(same, self.scale(same), strict=True):
                 layer.scaled = scaled
 
-    def after(self, _model: nn.Module, _inputs: tuple, _output: object) -> None:
+    def after(self, *_: object) -> None:
         for layer in self.layers:
             layer.scaled = None
 
@@ -274,9 +289,12 @@ def add_penalty_gradients(layers: Mapping[str, SVDLinear], gamma: float, squared
             E = E / torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True).clamp_min(tiny)
         params += same
         grads += (X @ E if E.shape[-1] == X.shape[-1] else E @ X).unbind()
-    for p in params:
+    alpha = gamma * (4 if squared else 2 / max(len(params), 1))
+    moving = [(p, grad) for p, grad in zip(params, grads, strict=True) if p.requires_grad]
+    for p, _ in moving:
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    torch._foreach_add_([p.grad for p in params], grads, alpha=gamma * (4 if squared else 2 / len(params)))
+    if moving:
+        torch._foreach_add_([p.grad for p, _ in moving], [grad for _, grad in moving], alpha=alpha)
 
 
 def _gram_errors(layers: Mapping[str, SVDLinear]) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
@@ -284,8 +302,9 @@ def _gram_errors(layers: Mapping[str, SVDLinear]) -> Iterator[tuple[list[Tensor]
     for part in ("P", "Q"):
         by_shape = defaultdict(list)
         for layer in layers.values():
-            by_shape[getattr(layer, part).shape, layer.masked].append(layer)
-        for (_, masked), same in by_shape.items():
+            p = getattr(layer, part)
+            by_shape[p.shape, p.dtype, p.device, layer.masked].append(layer)
+        for (*_, masked), same in by_shape.items():
             params = [getattr(layer, part) for layer in same]
             X = torch.stack(params)
             r = X.shape[2 if part == "P" else 1]

@@ -280,7 +280,7 @@ def load_adapter(folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]
                 raise ValueError(
                     f"{folder} does not fit the model: {name} is {tuple(tensor.shape)}, not {tuple(shape)}"
                 )
-        p.data = tensors[name].to(p.device)
+        p.grad, p.data = None, tensors[name].to(p.device)
     for name in ranks:
         layers[name].alive = torch.ones_like(layers[name].lam, dtype=torch.bool)
     return {name: tensor.to(trained[name].device) for name, tensor in sigma.items()}

@@ -30,7 +30,8 @@ class RankAllocator:
 
     Between two allocations λ keeps its gradient, so a dropped triplet can come back. With the last
     allocation, at t = T − t_f, the pattern is fixed: the dropped triplets are taken out of P, λ and Q, and of
-    the optimizer's state of them, so that they cost nothing any more. (Without an optimizer they are masked.)
+    the optimizer's state of them, so that they cost nothing any more. (Without an optimizer whose state can
+    follow they are masked.)
 
     Adapters of one shape are scored as one stack: n of them give tensors (n, d_out, r), (n, r), (n, r, d_in).
 
@@ -38,7 +39,7 @@ class RankAllocator:
         layers: what `inject` returned.
         score: a name in SCORES.
         optimizer: the adapters' one. Needed by a score that looks at σ, then it has `sigma(param)` as IVON
-            does; and to take dropped triplets out.
+            does; and to take dropped triplets out: it then has P, λ and Q, and state of their shapes.
         beta1, beta2: of the smoothed sensitivity.
         track: before each allocation append to `tracked` its "step" and "budget", "scores" (name → every
             triplet's score, (n,)) for each score in SCORES that can be had here, and "sigma_cv", the
@@ -179,12 +180,23 @@ class RankAllocator:
         return (sigma / sigma.mean()).std(correction=0)
 
     def _fix(self) -> None:
-        """The pattern is final. An optimizer that is not known here has state that could not follow a cut."""
+        """The pattern is final: what is dropped is taken out, or masked where the optimizer cannot follow."""
+        follows = self._optimizer_follows()
         for name, layer in self.layers.items():
-            if self.optimizer is None:
-                layer.mask(self.kept[name])
-            else:
+            if follows:
                 layer.shrink(self.kept[name], self.optimizer)
+            else:
+                layer.mask(self.kept[name])
+
+    def _optimizer_follows(self) -> bool:
+        """Whether all state of P, λ and Q is known here, in tensors of their shapes (Adafactor's are not)."""
+        groups = getattr(self.optimizer, "param_groups", [])
+        own = {p for group in groups for p in group["params"]}
+        params = [getattr(layer, part) for layer in self.layers.values() for part in PARTS]
+        if not own.issuperset(params):
+            return False
+        states = [(p, value) for p in params for value in self.optimizer.state[p].values()]
+        return all(value.shape in (p.shape, ()) for p, value in states if torch.is_tensor(value))
 
     def _hold_masked_at_zero(self) -> None:
         """Momentum and decay must not move what is masked, whatever the optimizer."""

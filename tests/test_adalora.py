@@ -22,9 +22,9 @@ from transformers import (
 
 from adalora import (
     TARGETS,
-    AddLowRank,
     LoRALinear,
     SVDLinear,
+    add_low_rank,
     add_penalty_gradients,
     inject,
     linear_maps,
@@ -169,15 +169,113 @@ def test_what_is_alive_travels_with_the_state_dict():
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(4,), (7, 4), (3, 5, 4)])
+@pytest.mark.parametrize("shape", [(4,), (7, 4), (3, 5, 4), (0, 4)])
 def test_the_gradients_are_those_of_finite_differences(shape: tuple[int, ...], bias: bool):
     torch.manual_seed(0)
-    x, W, b, B, A = (torch.randn(size, dtype=torch.float64) for size in (shape, (5, 4), (5,), (5, 2), (2, 4)))
-    for tensor in (x, B, A):
-        tensor.requires_grad_(True)
-    b = b if bias else None
-    assert torch.autograd.gradcheck(lambda x, B, A: AddLowRank.apply(x, W, b, B, A), (x, B, A))
-    assert torch.autograd.gradcheck(lambda B, A: AddLowRank.apply(x.detach(), W, b, B, A), (B, A))
+    base, none = nn.Linear(4, 5, bias).double().requires_grad_(False), nn.Dropout(0.0)
+    x, B, A = (torch.randn(size, dtype=torch.float64, requires_grad=True) for size in (shape, (5, 2), (2, 4)))
+    assert torch.autograd.gradcheck(lambda x, B, A: add_low_rank(base, x, B, A, none), (x, B, A))
+    assert torch.autograd.gradcheck(lambda B, A: add_low_rank(base, x.detach(), B, A, none), (B, A))
+    y = add_low_rank(base, x, B, A, none)
+    torch.testing.assert_close(y, base(x) + x @ A.T @ B.T)
+    y += 1  # others may write over it
+
+
+@pytest.mark.parametrize("what", ["a hook", "another forward", "a trained bias", "spectral norm"])
+def test_a_base_that_does_more_than_multiply_does_it(what: str):
+    base, called = nn.Linear(4, 5).requires_grad_(False), []
+    if what == "a hook":
+        base.register_forward_hook(lambda *_: called.append(0))
+    elif what == "another forward":
+        base.forward = lambda x: called.append(0) or F.linear(x, base.weight) * 2
+    elif what == "a trained bias":
+        base.bias.requires_grad_(True)
+    else:
+        base = nn.utils.spectral_norm(base).eval()
+    layer, x = SVDLinear(base, 2, alpha=4), torch.randn(3, 4)
+    y = layer(x)
+    torch.testing.assert_close(y, base(x))  # λ is 0
+    y.sum().backward()
+    assert len(called) == (2 if called else 0)
+    assert bool(called) == (what in ("a hook", "another forward"))
+    assert (base.bias.grad is not None) == (what == "a trained bias")
+    assert layer.lam.grad is not None
+
+
+def test_what_an_interrupted_pass_leaves_reaches_no_other():
+    class Stop(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise KeyboardInterrupt
+
+    model = nn.Sequential(nn.Linear(4, 4), Stop())
+    layers = inject(model, ["0"], rank=2, alpha=4)
+    nn.init.ones_(layers["0"].lam)
+    with pytest.raises(KeyboardInterrupt):
+        model(torch.randn(3, 4))
+    model[1] = nn.Identity()
+    with torch.no_grad():
+        layers["0"].lam.zero_()
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(model(x), layers["0"].base(x))
+
+
+def test_gradients_may_be_switched_on_inside_a_pass_without():
+    class Within(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.map = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                self.map(x).square().sum().backward()
+            return x
+
+    model = Within()
+    (layer,) = inject(model, ["map"], rank=2, alpha=4).values()
+    with torch.no_grad():
+        model(torch.randn(3, 4))
+    assert all(p.grad is not None for p in (layer.P, layer.lam, layer.Q))
+
+
+def test_adapters_of_several_types_live_in_one_model():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    layers = inject(model, ["0", "1"], rank=2, alpha=4)
+    model[1].double()
+    x = torch.randn(3, 4)
+    y = model[1](model[0](x).double())
+    model.forward = lambda x: model[1](model[0](x).double())
+    assert torch.equal(model(x), y)
+    add_penalty_gradients(layers, 0.1)
+    assert layers["1"].P.grad.dtype == torch.float64
+
+
+def test_the_penalty_leaves_alone_what_is_not_trained():
+    layers = mixed_layers()
+    layers["0"].P.requires_grad_(False)
+    add_penalty_gradients(layers, 0.1)
+    assert layers["0"].P.grad is None
+    assert layers["0"].Q.grad is not None
+    add_penalty_gradients({}, 0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize("how", ["shrink", "load"])
+def test_a_cut_does_not_disturb_a_graph_that_is_still_held(how: str, dtype: torch.dtype):
+    layer, x = (
+        SVDLinear(nn.Linear(4, 4).requires_grad_(False), 3, alpha=6).to(dtype),
+        torch.randn(5, 4).to(dtype),
+    )
+    optimizer = torch.optim.SGD([layer.P, layer.lam, layer.Q], lr=0.1)
+    held = layer(x).square().mean()
+    held.backward(retain_graph=True)
+    if how == "shrink":
+        layer.shrink(torch.tensor([True, False, True]), optimizer)
+        optimizer.zero_grad()
+    else:
+        small = SVDLinear(nn.Linear(4, 4), 2, alpha=4).to(dtype)
+        layer.load_state_dict(small.state_dict())
+    layer(x).square().mean().backward()
+    assert layer.P.grad.shape == layer.P.shape == (4, 2)
 
 
 class PlainSVD(nn.Module):

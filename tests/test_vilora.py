@@ -272,6 +272,29 @@ def test_where_it_cannot_be_taken_out_a_dropped_triplet_is_exactly_nothing(optim
             assert torch.equal(run.loss(), noisy[1])
 
 
+def test_where_the_optimizers_state_is_not_of_the_parameters_shapes_dropped_triplets_are_masked():
+    run = Run("mu", "adamw")
+    params = [p for p in run.model.parameters() if p.requires_grad]
+    run.optimizer = torch.optim.Adafactor(params, lr=0.01)
+    run.allocator = RankAllocator(run.layers, run.budget, "mu", run.optimizer)
+    for t in range(1, T + 1):
+        run.update(t)
+    assert sum(int(layer.alive.sum()) for layer in run.layers.values()) == 8
+    assert all(layer.P.shape[1] == RANK for layer in run.layers.values())
+
+
+def test_a_shrunk_model_does_not_go_with_the_state_of_another():
+    run, fresh = Run("mu"), Run("mu")
+    fresh.update(1)
+    for t in range(1, T + 1):
+        run.update(t)
+    fresh.model.load_state_dict(run.model.state_dict())
+    with pytest.raises(RuntimeError, match="optimizer's state"):
+        fresh.update(2)
+    fresh.optimizer.load_state_dict(run.optimizer.state_dict())
+    fresh.update(2)
+
+
 class SameDraws:
     """Noise for each entry of an adapter's parameter, whether others are still there or not."""
 
