@@ -170,10 +170,8 @@ def snapshot(
 
     It shares its tensors with them.
     """
-    moving = {name for name, p in model.named_parameters() if p.requires_grad}
-    state = model.state_dict()
     return {
-        "model": {name: state[name] for name in state if name in moving or name.endswith(".alive")},
+        "model": _moving(model),
         "optimizer": optimizer.state_dict(),
         "allocator": allocator and allocator.state_dict(),
         "random": random_states(model.device),
@@ -190,7 +188,7 @@ def restore(
 
     Raises ValueError if the model's parts are others.
     """
-    different = state["model"].keys() ^ snapshot(model, optimizer, None)["model"].keys()
+    different = state["model"].keys() ^ _moving(model).keys()
     try:
         model.load_state_dict(state["model"], strict=False)
     except RuntimeError as error:
@@ -203,10 +201,17 @@ def restore(
     set_random_states(state["random"], model.device)
 
 
+def _moving(model: nn.Module) -> dict[str, Tensor]:
+    """Of the model's state, what is trained, and which triplets are alive."""
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: x for name, x in model.state_dict().items() if name in trained or name.endswith(".alive")}
+
+
 def pack_files(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
     """The bytes of those files that are there, as uint8 tensors, for a checkpoint."""
-    there = {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
-    return {name: torch.tensor(bytearray(content), dtype=torch.uint8) for name, content in there.items()}
+    there = {name: folder / name for name in names if (folder / name).exists()}
+    contents = {name: np.frombuffer(path.read_bytes(), np.uint8) for name, path in there.items()}
+    return {name: torch.from_numpy(content.copy()) for name, content in contents.items()}
 
 
 def unpack_files(folder: Path, names: Iterable[str], packed: Mapping[str, Tensor]) -> None:
@@ -244,13 +249,17 @@ def common_scaling(layers: Mapping[str, nn.Module]) -> float:
     return next((layer.scaling for layer in layers.values()), 1.0)
 
 
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """CRC-32 of all their entries, one tensor after the other."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), value)
+    return f"{value:08x}"
+
+
 def fingerprint(model: nn.Module) -> str:
     """A checksum of the frozen weights; an adapter fits no others."""
-    checksum = 0
-    for p in model.parameters():
-        if not p.requires_grad:
-            checksum = zlib.crc32(p.detach().cpu().contiguous().numpy(), checksum)
-    return f"{checksum:08x}"
+    return checksum(p for p in model.parameters() if not p.requires_grad)
 
 
 def load_adapter(folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -280,7 +289,5 @@ def load_adapter(folder: Path, model: nn.Module, layers: Mapping[str, nn.Module]
                 raise ValueError(
                     f"{folder} does not fit the model: {name} is {tuple(tensor.shape)}, not {tuple(shape)}"
                 )
-        p.grad, p.data = None, tensors[name].to(p.device)
-    for name in ranks:
-        layers[name].alive = torch.ones_like(layers[name].lam, dtype=torch.bool)
+    model.load_state_dict(tensors, strict=False)
     return {name: tensor.to(trained[name].device) for name, tensor in sigma.items()}

@@ -35,7 +35,7 @@ def posterior_sigma(h: Tensor, ess: float, delta: float) -> Tensor:
 def update_hessian_(h: Tensor, h_hat: Tensor, precision: Tensor, beta2: float) -> None:
     """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ): positive whatever ĥ is. Source: [S] algorithm 1.
 
-    `precision` is h + δ. The memory of ĥ is used up.
+    `precision` is h + δ; all are of one shape. The memory of ĥ is used up.
     """
     change = h_hat.sub_(h).mul_(1 - beta2)  # (1 − β2)(ĥ − h)
     h.add_(change).addcdiv_(change.square_(), precision, value=0.5)
@@ -52,7 +52,7 @@ def update_mean_(m: Tensor, g: Tensor, precision: Tensor, delta: float, bias: fl
 
 class Flat:
     """Some parameters as one vector: their g and h, which the optimizer's state has views of, and room for
-    the mean m and a draw θ. Views and room are kept: to make them takes longer than the arithmetic.
+    the mean m and a draw θ, (n,) each. Views and room are kept: making them takes longer than arithmetic.
     """
 
     def __init__(self, params: list[Tensor], states: list[dict[str, Tensor]]):
@@ -63,13 +63,18 @@ class Flat:
         self.m_views, self.theta_views = unflatten(self.m, params), unflatten(self.theta, params)
         for state, g, h in zip(states, self.g_views, self.h_views, strict=True):
             state.update(g=g, h=h)
+        self._ids = self._identities(params, states)
 
     def holds(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
-        """Whether these are the parameters, and their states still the views (not loaded or replaced)."""
-        return len(params) == len(self.params) and all(
-            p is q and state.get("g") is g and state.get("h") is h and p.shape == h.shape
-            for p, q, state, g, h in zip(params, self.params, states, self.g_views, self.h_views, strict=True)
-        )
+        """Whether these are the parameters, and their states still the views (not loaded or replaced).
+
+        By identity, which none can take over: params and views are kept here.
+        """
+        return self._ids == self._identities(params, states)
+
+    @staticmethod
+    def _identities(params: list[Tensor], states: list[dict[str, Tensor]]) -> list[int]:
+        return [*map(id, params), *(id(s["g"]) for s in states), *(id(s["h"]) for s in states)]
 
 
 class IVON(torch.optim.Optimizer):
@@ -158,7 +163,8 @@ class IVON(torch.optim.Optimizer):
         if self._sampled:
             raise RuntimeError("sampled_params cannot be entered inside another sampled_params block")
         flats, draw = [], []
-        grads = {p: p.grad for _, params in self._buckets() for p in params} if train else {}
+        trainable = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        grads = {p: p.grad for p in trainable} if train else {}
         self._sampled = True
         try:
             for group, flat in self._flat_buckets():

@@ -28,7 +28,6 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -47,6 +46,7 @@ from budget import CubicBudget
 from checkpoint import (
     append,
     checkpoints,
+    checksum,
     claimed,
     fingerprint,
     load_adapter,
@@ -595,13 +595,6 @@ def mendable() -> Iterator[None]:
         ) from None
     except (OSError, ValueError) as error:
         raise UsageError(str(error)) from None
-
-
-def checksum(tensors: Iterable[Tensor]) -> str:
-    value = 0
-    for tensor in tensors:
-        value = zlib.crc32(tensor.contiguous().numpy(), value)
-    return f"{value:08x}"
 
 
 def check_device(args: argparse.Namespace) -> None:
