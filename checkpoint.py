@@ -31,6 +31,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ivon import IVON
+from processes import from_all, rank
 from vilora import RankAllocator
 
 NAME = re.compile(r"step-(\d+)-([0-9a-f]{8})\.pt")
@@ -168,13 +169,13 @@ def snapshot(
 ) -> dict[str, dict | None]:
     """All that training changes: what is trained, which triplets are alive, every state there is.
 
-    It shares its tensors with them.
+    It shares its tensors with them. Every process has to ask for it: each has random numbers of its own.
     """
     return {
         "model": _moving(model),
         "optimizer": optimizer.state_dict(),
         "allocator": allocator and allocator.state_dict(),
-        "random": random_states(model.device),
+        "random": from_all(random_states(model.device)),
     }
 
 
@@ -198,7 +199,7 @@ def restore(
     optimizer.load_state_dict(state["optimizer"])
     if allocator:
         allocator.load_state_dict(state["allocator"])
-    set_random_states(state["random"], model.device)
+    set_random_states(state["random"][rank()], model.device)
 
 
 def _moving(model: nn.Module) -> dict[str, Tensor]:

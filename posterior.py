@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from checkpoint import write_whole
 from metrics import calibration, task_metrics
+from processes import gathered, shared
 
 
 class Split(NamedTuple):
@@ -45,12 +46,14 @@ def batched(features: list[dict], labels: Tensor, collate: Callable, size: int) 
 def predict(model: nn.Module, split: Split) -> Tensor:
     """What the model says of each example, in float64: probabilities (n, classes), or numbers (n,).
 
+    Several processes share the batches; all of them have the answer.
+
     Raises FloatingPointError where that is not finite.
     """
     training = model.training
     model.eval()
-    inputs = ({name: x.to(model.device) for name, x in batch.items()} for batch in split.batches)
-    logits = torch.cat([model(**batch).logits for batch in inputs]).cpu().double()[split.position]
+    inputs = ({name: x.to(model.device) for name, x in batch.items()} for batch in shared(split.batches))
+    logits = torch.cat(gathered([model(**batch).logits for batch in inputs])).cpu().double()[split.position]
     model.train(training)
     if not torch.isfinite(logits).all():
         raise FloatingPointError("a prediction is not finite")

@@ -70,7 +70,8 @@ NAMES = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA", "ivon
 # place of their own,
 IDENTITY = "task method optimizer score target_rank model demo".split()
 # the length of the run and its batches are its shape, which each task has for itself,
-SHAPE = "total_steps batch_size grad_accum max_length eval_every group_by_length".split()
+SHAPE = "total_steps batch_size grad_accum processes max_length eval_every group_by_length".split()
+BATCH = ("batch_size", "grad_accum", "processes")
 # these cannot change a result, but for rounding, or follow from others,
 IGNORED = (
     "seed epochs max_steps output_dir overwrite device eval_batch_size track_scores eval_samples temperature "
@@ -154,6 +155,7 @@ def find_runs(folders: list[Path], at_least: int = 1) -> list[Run]:
     for folder in sorted(found.values()):
         try:
             run = Run(folder, *(read_json(folder / name) for name in names))
+            run.config.setdefault("processes", 1)
             check(run)
         except ValueError as error:
             skip(folder, str(error))
@@ -253,18 +255,19 @@ def is_the_papers(config: dict) -> bool:
     """Whether model, settings, length and batches are those behind the paper's number."""
     argv = ["--task", config["task"], "--method", config["method"], "--optimizer", config["optimizer"]]
     usual = resolved(argv)
-    same = all(config.get(key) == usual[key] for key in SHAPE if key not in ("batch_size", "grad_accum"))
+    same = all(config.get(key) == usual[key] for key in SHAPE if key not in BATCH)
     return (
         config.get("model") == MODEL
         and not departures(config)
         and same
         and batch(config) == usual["batch_size"]
+        and (config["optimizer"] == "adamw" or config["processes"] == 1)  # each process draws
     )
 
 
 def batch(config: dict) -> int | None:
     """Examples in an update."""
-    sizes = config.get("batch_size"), config.get("grad_accum")
+    sizes = [config.get(key) for key in BATCH]
     return None if None in sizes else math.prod(sizes)
 
 

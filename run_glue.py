@@ -7,6 +7,7 @@
     python run_glue.py --eval_only runs/RUN --eval_samples 10 --temperature 0 0.5 1     # from its posterior
     python run_glue.py --eval_only runs/RUN --predict CoLA.tsv                       # for GLUE's leaderboard
     python run_glue.py --task cola --optimizer ivon --score mu --resume       # go on where this run stopped
+    torchrun --nproc_per_node 2 run_glue.py --task cola --optimizer ivon --score mu     # on two GPUs
 
 Settings that are not given are the papers' for the task (glue.py). What a run leaves behind: README.md.
 
@@ -29,7 +30,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,7 @@ import transformers  # its parts are imported on their first use: what is wrong 
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import processes
 from adalora import HEADS, TARGETS, add_penalty_gradients, inject, linear_maps
 from budget import CubicBudget
 from checkpoint import (
@@ -75,6 +77,7 @@ from posterior import (
     write_submission,
 )
 from scores import SCORES
+from tokens import tokenize
 from vilora import RankAllocator
 
 HERE = Path(__file__).resolve().parent
@@ -110,6 +113,7 @@ DERIVED = ("epochs", "lr", "ess", "init_rank", "tinit", "tfinal", "delta_t", "fi
 DERIVED += ("total_steps", "warmup_steps")
 UNCOMPARED = ("model", "data_dir", "output_dir", "checkpoint_every", "keep_checkpoint", "resume", "overwrite")
 FLOAT32_MAX = torch.finfo(torch.float32).max
+RANK_SEEDS = 1_000_003  # between the seeds of two processes: no run's seeds are that far apart
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -213,6 +217,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         raise UsageError(f"--score {args.score} needs σ, a posterior: use --optimizer ivon, or another score")
     args.model = args.model or MODEL
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.processes = processes.count()
+    if args.processes > 1:
+        if args.device not in ("cpu", "cuda"):
+            raise UsageError(f"--device {args.device}: with torchrun it is cuda, a GPU a process, or cpu")
+        args.device += f":{processes.local_rank()}" if args.device == "cuda" else ""
     task = task_of(args.task, args.method, args.demo)
     for name in ("max_length", "epochs", "eval_every", "alpha", "orth"):
         if getattr(args, name) is None and name not in OTHER_FLAGS[args.method]:
@@ -255,6 +264,8 @@ def check_evaluation(args: argparse.Namespace, given: set[str]) -> None:
         raise UsageError("--predict FILE says where to write: leave --output_dir out")
     if args.temperature and not args.eval_samples:
         raise UsageError("--temperature is of posterior draws: give --eval_samples N, or leave it out")
+    if args.eval_only and processes.count() > 1:
+        raise UsageError("--eval_only runs in one process: start it with python")
     args.temperature = args.temperature or [1.0]
     for name in EVAL_FLAGS:
         if args.eval_only and name not in given:
@@ -320,7 +331,7 @@ def plan(args: argparse.Namespace, task: Task, train_size: int, modules: int) ->
     When the run is longer or shorter than the papers' (epochs, batch size, data), t_i, t_f, ΔT and the phases
     of the learning rate grow or shrink with it, unless they were given by hand.
     """
-    per_epoch = math.ceil(train_size / (args.batch_size * args.grad_accum))
+    per_epoch = math.ceil(train_size / (args.batch_size * args.grad_accum * args.processes))
     args.total_steps = args.max_steps or math.ceil(args.epochs * per_epoch)
 
     def scaled(steps: int) -> int:
@@ -402,16 +413,6 @@ def load_model(
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         raise UsageError(f"--model {name}: the tokenizer's {len(tokenizer)} tokens do not fit the weights")
     return tokenizer, model
-
-
-def tokenize(
-    dataset: Mapping[str, list], task: Task, tokenizer: transformers.PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[dict], Tensor]:
-    """Each example's token ids, unpadded, and all labels (n,), int64 or for regression float32."""
-    sentences = (list(dataset[column]) for column in task.text)
-    encoded = tokenizer(*sentences, truncation=True, max_length=max_length)
-    features = [dict(zip(encoded, example, strict=True)) for example in zip(*encoded.values(), strict=True)]
-    return features, torch.tensor(dataset["label"], dtype=torch.int64 if task.labels else torch.float32)
 
 
 def shuffled_batches(n: int, size: int, seed: int, lengths: Tensor | None = None) -> Iterator[Tensor]:
@@ -610,6 +611,8 @@ def check_device(args: argparse.Namespace) -> None:
         except Exception as error:  # every backend that is not there says so in its own way
             why = str(error).strip().splitlines()[0]
             raise UsageError(f"{flag} cannot be used on {args.device}: {why}") from None
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)
     # TF32, on GPUs that have it: float32 products are several times faster there.
     torch.set_float32_matmul_precision("high" if args.device.startswith("cuda") else "highest")
 
@@ -666,6 +669,10 @@ def check_same(settings: dict, config: dict, folder: Path) -> None:
             raise UsageError(f"--model {settings['model']} has other weights than the run in {folder} had")
         if name == "data":
             raise UsageError(f"the data are not those that the run in {folder} had: check --data_dir")
+        if name == "processes":
+            raise UsageError(
+                f"this is {now} process(es) of torchrun, the run in {folder} had {then}: do the same"
+            )
         if name in ("first_lr", "first_steps"):  # they follow from whether --lr was given
             raise UsageError(f"--lr was {'' if now else 'not '}given to the run in {folder}: do the same")
         now, then = ("not given" if value is None else value for value in (now, then))
@@ -695,6 +702,20 @@ def take_up(folder: Path, settings: dict) -> dict | None:
         print(f"run_glue.py: {names}: damaged, going on from an earlier checkpoint", file=sys.stderr)
     unpack_files(folder, GROWING, state["files"])
     return state
+
+
+def begin(args: argparse.Namespace, settings: dict) -> tuple[bool, dict | None]:
+    """Whether the run is finished, and else the checkpoint to go on from, if there is one."""
+    folder = args.output_dir
+    check_free(args)  # once more, alone with it
+    if args.resume and is_finished(folder):
+        config = read_config(folder)
+        check_same(settings, config, folder)
+        if not config.get("keep_checkpoint"):  # of a run that was killed between its last two deeds
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        print(f"the run in {folder} is finished")
+        return True, None
+    return False, take_up(folder, settings) if args.resume else None
 
 
 def going_on(config: dict, step: int, now: dict) -> dict:
@@ -730,9 +751,10 @@ class Update(NamedTuple):
 def write_losses(path: Path, pending: list[Update]) -> list[float]:
     """A line for each update: its record, with its loss. Returns the losses.
 
-    Stops and raises NotFinite at the first update in which something is not finite.
+    Stops and raises NotFinite at the first update in which something is not finite. Of several processes,
+    the first writes the mean of their losses.
     """
-    magnitudes = torch.cat([update.magnitudes for update in pending]).tolist()
+    magnitudes = processes.average(torch.cat([update.magnitudes for update in pending])).tolist()
     lines, losses, error = [], [], None
     for update in pending:
         own, magnitudes = magnitudes[: len(update.names)], magnitudes[len(update.names) :]
@@ -743,7 +765,8 @@ def write_losses(path: Path, pending: list[Update]) -> list[float]:
             break
         losses.append(own[0])
         lines.append(json.dumps(update.record | {"loss": own[0]}) + "\n")
-    append(path, "".join(lines))
+    if processes.rank() == 0:
+        append(path, "".join(lines))
     if error:
         raise error
     return losses
@@ -783,65 +806,82 @@ def signals_received() -> Iterator[list[int]]:
 def run(args: argparse.Namespace) -> None:
     # Load and inject.
     task, folder = task_of(args.task, args.method, args.demo), args.output_dir
-    check_free(args)
-    for name in ("config.json", "adapter/x", "checkpoint/x"):
-        check_writable(folder / name, f"--output_dir {folder}")
-    check_device(args)
-    dataset = load_data(args, ("train", *task.validation))
-    tokenizer, model, layers, head, encoder = adapted_model(args, task)
-    model.train()
-    features, labels = tokenize(dataset["train"], task, tokenizer, args.max_length)
-    validation = evaluation_splits(dataset, task.validation, task, tokenizer, args)
+    first = processes.rank() == 0  # of several processes; it alone writes
+    with processes.together():
+        if first:
+            check_free(args)
+            for name in ("config.json", "adapter/x", "checkpoint/x"):
+                check_writable(folder / name, f"--output_dir {folder}")
+        check_device(args)
+        dataset = load_data(args, ("train", *task.validation))
+        tokenizer, model, layers, head, encoder = adapted_model(args, task)
+        model.train()
+        features, labels = tokenize(dataset["train"], task, tokenizer, args.max_length)
+        validation = evaluation_splits(dataset, task.validation, task, tokenizer, args)
+        budget = plan(args, task, len(features), len(layers))
 
     # Optimize: the learning rate is set before each update.
-    budget = plan(args, task, len(features), len(layers))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     counted = [p for p in trained.values() if p not in head]
     trainable = sum(p.numel() for p in counted)
     if args.optimizer == "ivon":
         ivon = {name: getattr(args, name) for name in (*IVON_SETTINGS, "beta1", "weight_decay")}
-        optimizer = IVON(trained.values(), args.lr, **ivon)
+        optimizer = IVON(trained.values(), args.lr, **ivon, sync=processes.count() > 1)
     else:
         optimizer = torch.optim.AdamW(trained.values(), args.lr, weight_decay=args.weight_decay, fused=True)
     allocator = None
     if args.method == "adalora":
-        allocator = RankAllocator(layers, budget, args.score, optimizer, track=args.track_scores)
+        allocator = RankAllocator(layers, budget, args.score, optimizer, track=args.track_scores and first)
 
     tokens = torch.tensor([token for example in features for token in example["input_ids"]])
     judged = [batch["input_ids"] for split in validation.values() for batch in split.batches]
     judged += [split.labels for split in validation.values()]
-    settings = recorded_settings(args, encoder=encoder, data=checksum([tokens, labels, *judged]))
-    folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder), signals_received() as received:
+    checksums = {"encoder": encoder, "data": checksum([tokens, labels, *judged])}
+    everyones = processes.from_all(checksums)
+    with processes.together():
+        if any(theirs != checksums for theirs in everyones):
+            raise UsageError("the processes have not the same weights and data: check --model and --data_dir")
+    settings, here = recorded_settings(args, **checksums), provenance(model.device)
+    if not first:
+        torch.manual_seed(args.seed + processes.rank() * RANK_SEEDS)  # draws and dropout of its own
+    with ExitStack() as until_the_end:
+        received = until_the_end.enter_context(signals_received())
+        with processes.together():
+            if first:
+                folder.mkdir(parents=True, exist_ok=True)
+                until_the_end.enter_context(claimed(folder))
+
         # Begin, or go on.
-        check_free(args)  # once more, alone with it
-        if args.resume and is_finished(folder):
-            config = read_config(folder)
-            check_same(settings, config, folder)
-            if not config.get("keep_checkpoint"):  # of a run that was killed between its last two deeds
-                shutil.rmtree(folder / "checkpoint", ignore_errors=True)
-            print(f"the run in {folder} is finished")
+        finished, state = processes.from_first(lambda: begin(args, settings))
+        if finished:
             return
         progress = {"step": 0, "best": None, "last": None, "seconds": 0.0, "evaluating": 0.0}
-        state, here = take_up(folder, settings) if args.resume else None, provenance(model.device)
 
-        def save_all(files: Mapping[str, Tensor]) -> None:
-            state = {"config": config, "progress": progress, "files": files}
-            state |= snapshot(model, optimizer, allocator)
-            save_checkpoint(folder / "checkpoint", progress["step"], state)
+        def save_all(files: Iterable[str]) -> None:
+            state = {"config": config, "progress": progress, **snapshot(model, optimizer, allocator)}
+            with processes.together():
+                if first:
+                    state["files"] = pack_files(folder, files)
+                    save_checkpoint(folder / "checkpoint", progress["step"], state)
+
+        def heard() -> int:
+            """The signal that a process has received, or 0."""
+            return max(processes.from_all(received[0] if received else 0))
 
         if state:
-            with mendable():
+            with processes.together(), mendable():
                 restore(state, model, optimizer, allocator)
-            progress = state["progress"]
-            config = going_on(state["config"], progress["step"], here)
-            print(f"going on after step {progress['step']} of {args.total_steps}")
+            config, progress = state["config"], state["progress"]
+            if first:
+                config = going_on(config, progress["step"], here)
+                print(f"going on after step {progress['step']} of {args.total_steps}")
         else:
             config = settings | here
-            save_all({})  # first: the new run can be gone on with before anything of an old one goes
-            for name in ("results.json", *LEFT_BEHIND):
+            save_all(())  # first: the new run can be gone on with before anything of an old one goes
+            for name in ("results.json", *LEFT_BEHIND) if first else ():
                 (folder / name).unlink(missing_ok=True)
-        write_json(folder / "config.json", config)
+        if first:
+            write_json(folder / "config.json", config)
 
         # Train, and record.
         best, last, evaluating = (progress[name] for name in ("best", "last", "evaluating"))
@@ -851,10 +891,12 @@ def run(args: argparse.Namespace) -> None:
         collate, labels = transformers.DataCollatorWithPadding(tokenizer), labels.to(model.device)
         lengths = torch.tensor([len(example["input_ids"]) for example in features])
         by_length = lengths if args.group_by_length else None
-        batches = shuffled_batches(len(features), args.batch_size * args.grad_accum, args.seed, by_length)
+        size = args.batch_size * args.grad_accum * processes.count()
+        batches = shuffled_batches(len(features), size, args.seed, by_length)
         batches = islice(batches, progress["step"], None)
         steps = range(progress["step"] + 1, args.total_steps + 1)
-        bar = tqdm(steps, args.task, args.total_steps, initial=progress["step"], unit="step", mininterval=1)
+        shown = {"initial": progress["step"], "unit": "step", "mininterval": 1, "disable": not first}
+        bar = tqdm(steps, args.task, args.total_steps, **shown)
         for t in bar:
             # One update: a number of draws, each over the same grad_accum micro-batches.
             lr = learning_rate(t - 1, args.total_steps, args.lr, args.warmup_steps, *first_phase)
@@ -862,12 +904,13 @@ def run(args: argparse.Namespace) -> None:
                 group["lr"] = lr
             batch = next(batches)
             batch = batch[lengths[batch].argsort()]  # micro-batches of like length need less padding
+            own = processes.shared(batch)
             loss = torch.zeros((), device=model.device)
             for _ in range(draws):
                 with optimizer.sampled_params(train=True) if args.optimizer == "ivon" else nullcontext():
-                    for micro in batch.split(args.batch_size):
+                    for micro in own.split(args.batch_size) if len(own) else ():
                         inputs = collate([features[i] for i in micro]).to(model.device)
-                        share = len(micro) / len(batch)
+                        share = len(micro) * processes.count() / len(batch)
                         with backbone_precision(args):
                             logits = forward(**inputs).logits.float()
                         micro_loss = task_loss(logits, labels[micro]) * share
@@ -875,6 +918,8 @@ def run(args: argparse.Namespace) -> None:
                         loss += micro_loss.detach() / draws
                     if args.orth:
                         add_penalty_gradients(layers, args.orth, squared=args.squared_orth)
+            if args.optimizer != "ivon":  # which does so with its curvature, too
+                processes.average_gradients(trained.values())
             optimizer.step()
             if allocator:
                 allocator.step(t)
@@ -884,10 +929,12 @@ def run(args: argparse.Namespace) -> None:
             pending.append(Update(record, ["the loss", *finite], magnitudes))
             optimizer.zero_grad()
 
-            final, stopping = t == args.total_steps, bool(received)
+            final = t == args.total_steps
             at_evaluation = final or t % args.eval_every == 0
             at_checkpoint = t % args.checkpoint_every == 0 if args.checkpoint_every else at_evaluation
+            stopping = heard() if processes.count() == 1 else 0
             if at_evaluation or at_checkpoint or stopping or len(pending) == FLUSH_EVERY:
+                stopping = heard()  # all processes stop at the same step
                 losses = write_losses(folder / "metrics.jsonl", pending)
                 so_far = best and f"{best[task.metric]:.4f}"
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", best=so_far)
@@ -904,23 +951,28 @@ def run(args: argparse.Namespace) -> None:
                 except FloatingPointError as error:
                     raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
                 for split, scores in evaluated.items():
-                    line = json.dumps({"step": t, "split": split, **scores})
-                    append(folder / "metrics.jsonl", line + "\n")
-                    first = split == task.validation[0]
-                    ending = "" if first else "_" + split.removeprefix("validation_")
+                    if first:
+                        line = json.dumps({"step": t, "split": split, **scores})
+                        append(folder / "metrics.jsonl", line + "\n")
+                    ending = "" if split == task.validation[0] else "_" + split.removeprefix("validation_")
                     last |= {metric + ending: score for metric, score in scores.items()}
                 if best is None or last[task.metric] > best[task.metric]:
                     best = last
-                    save_adapter(folder / "adapter", model, layers, sigma)
+                    if first:
+                        save_adapter(folder / "adapter", model, layers, sigma)
                 evaluating += time.perf_counter() - began
             seconds = time.perf_counter() - started
             progress = {"step": t, "best": best, "last": last, "seconds": seconds, "evaluating": evaluating}
-            stopping = stopping or (at_evaluation and bool(received))  # it may have come meanwhile
+            if at_evaluation:
+                stopping = heard()  # it may have come meanwhile
             if args.keep_checkpoint if final else at_checkpoint or stopping:
-                save_all(pack_files(folder, GROWING))
+                save_all(GROWING)
             if stopping and not final:
-                raise Interrupted(received[0], f"after step {t}; --resume goes on from there")
+                where = f"after step {t}; --resume goes on from there"
+                raise Interrupted(stopping, where) if first else processes.Elsewhere
 
+        if not first:
+            return
         ranks = allocator.ranks() if allocator else dict.fromkeys(layers, args.init_rank)
         same = ("task", "method", "optimizer", "score", "seed", "demo")
         results = {
@@ -1084,8 +1136,15 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.disable_progress_bar()
     try:
         with on_signals(end_at_once):
-            args = parse_args(argv)
-            (evaluate_run if args.eval_only else run)(args)
+            with processes.alike():
+                args = parse_args(argv)
+            if args.eval_only:
+                evaluate_run(args)
+            else:
+                with processes.joined(args.device):
+                    run(args)
+    except processes.Elsewhere:  # that process's status is the run's
+        return 0
     except UsageError as error:
         # One line, whatever a library says.
         print("run_glue.py: error:", *str(error).split(), file=sys.stderr)
@@ -1094,7 +1153,9 @@ def main(argv: list[str] | None = None) -> int:
         mend = "a smaller --batch_size and as much more --grad_accum, or a smaller --eval_batch_size"
         print(f"run_glue.py: error: out of memory: give {mend}", file=sys.stderr)
         return 2
-    except NotFinite as error:
+    except NotFinite as error:  # in all processes
+        if processes.rank():
+            return 0
         kept = next(iter(checkpoints(args.output_dir / "checkpoint").values()), "no")
         mend = f"the checkpoint of step {kept} is kept; a smaller --lr, with --overwrite, may help"
         print(f"run_glue.py: stopped: {error}; {mend}", file=sys.stderr)
@@ -1104,7 +1165,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as interruption:
         signum, where = interruption.args
-        print(f"run_glue.py: {signal.Signals(signum).name} {where}".rstrip(), file=sys.stderr)
+        if processes.rank() == 0:
+            print(f"run_glue.py: {signal.Signals(signum).name} {where}".rstrip(), file=sys.stderr)
         return 128 + signum
     return 0
 

@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from glue import TASKS, load_task  # noqa: E402
 from posterior import Split, batched, predict  # noqa: E402
-from run_glue import load_model, tokenize  # noqa: E402
+from run_glue import load_model  # noqa: E402
+from tokens import tokenize  # noqa: E402
 
 
 def in_file_order(features: list[dict], labels: torch.Tensor, collate, size: int) -> Split:

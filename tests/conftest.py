@@ -1,7 +1,13 @@
 """Small checkpoints, written to disk exactly as the Hub stores the real ones, and small GLUE folders."""
 
+# ruff: noqa: E402
 import json
+import os
+import tempfile
 from pathlib import Path
+
+TOKENS = tempfile.TemporaryDirectory()  # kept tokens: not among the user's own, for what is started here, too
+os.environ["HF_ASSETS_CACHE"] = TOKENS.name
 
 import numpy as np
 import pytest
