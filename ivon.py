@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf, sqrt
+from operator import is_
 
 import torch
 import torch.distributed as dist
@@ -63,18 +64,12 @@ class Flat:
         self.m_views, self.theta_views = unflatten(self.m, params), unflatten(self.theta, params)
         for state, g, h in zip(states, self.g_views, self.h_views, strict=True):
             state.update(g=g, h=h)
-        self._ids = self._identities(params, states)
 
     def holds(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
-        """Whether these are the parameters, and their states still the views (not loaded or replaced).
-
-        By identity, which none can take over: params and views are kept here.
-        """
-        return self._ids == self._identities(params, states)
-
-    @staticmethod
-    def _identities(params: list[Tensor], states: list[dict[str, Tensor]]) -> list[int]:
-        return [*map(id, params), *(id(s["g"]) for s in states), *(id(s["h"]) for s in states)]
+        """Whether these are the parameters, and their states still the views (not loaded or replaced)."""
+        held = [*self.params, *self.g_views, *self.h_views]
+        asked = [*params, *(state["g"] for state in states), *(state["h"] for state in states)]
+        return len(held) == len(asked) and all(map(is_, held, asked))
 
 
 class IVON(torch.optim.Optimizer):
@@ -163,8 +158,8 @@ class IVON(torch.optim.Optimizer):
         if self._sampled:
             raise RuntimeError("sampled_params cannot be entered inside another sampled_params block")
         flats, draw = [], []
-        trainable = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
-        grads = {p: p.grad for p in trainable} if train else {}
+        trained = [p for _, params in self._buckets() for p in params] if train else []
+        before = [p.grad for p in trained]
         self._sampled = True
         try:
             for group, flat in self._flat_buckets():
@@ -173,15 +168,15 @@ class IVON(torch.optim.Optimizer):
                 with torch.no_grad():
                     torch._foreach_copy_(flat.params, flat.theta_views)
                 draw.append((flat.params, deviation))
-            for p in grads:
+            for p in trained:
                 p.grad = None
             yield
             if train:
                 self._draws.append([(params, [p.grad for p in params], part) for params, part in draw])
-                grads = dict.fromkeys(grads)
+                before = [None] * len(trained)
         finally:
             self._sampled = False
-            for p, grad in grads.items():
+            for p, grad in zip(trained, before, strict=True):
                 p.grad = grad
             with torch.no_grad():
                 for flat in flats:
@@ -205,14 +200,7 @@ class IVON(torch.optim.Optimizer):
             )
         for group in self.param_groups:
             group["step"] += 1
-        given = {
-            p
-            for params, grads, _ in (bucket for draw in self._draws for bucket in draw)
-            for p, grad in zip(params, grads, strict=True)
-            if grad is not None
-        }
-        # Processes that reduce together have to agree on the parameters, whichever got a gradient here.
-        for group, flat in self._flat_buckets(among=None if self.sync else given):
+        for group, flat in self._flat_buckets():
             self._update(flat, group)
         self._draws.clear()
         return loss
@@ -256,15 +244,16 @@ class IVON(torch.optim.Optimizer):
                 yield group, params
 
     def _state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
-        if not self.state[p]:
-            self.state[p]["g"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
-            self.state[p]["h"] = torch.full_like(p, group["hess_init"], memory_format=torch.contiguous_format)
-        if self.state[p]["h"].shape != p.shape:
+        state = self.state[p]
+        if not state:
+            state["g"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+            state["h"] = torch.full_like(p, group["hess_init"], memory_format=torch.contiguous_format)
+        if state["h"].shape != p.shape:
             raise RuntimeError("a parameter's shape is no longer its state's: load the optimizer's state too")
-        return self.state[p]
+        return state
 
-    def _flat_buckets(self, among: Collection[Tensor] | None = None) -> Iterator[tuple[dict, Flat]]:
-        for group, bucket in self._buckets(among):
+    def _flat_buckets(self) -> Iterator[tuple[dict, Flat]]:
+        for group, bucket in self._buckets():
             params = [p for p in bucket if p.numel()]  # nothing is left of some
             if not params:
                 continue
@@ -285,46 +274,61 @@ class IVON(torch.optim.Optimizer):
         torch.add(flat.m, deviation, out=flat.theta)
         return deviation
 
-    def _gathered(self, draw: list, flat: Flat) -> tuple[Tensor, Tensor]:
-        """ĝ, until the next call, and θ − m of one draw, flat; a gradient that was not given counts as 0."""
+    @staticmethod
+    def _of(draw: list, flat: Flat) -> tuple[list[Tensor | None], Tensor]:
+        """One draw's gradients, None where none was given, and its θ − m, flat."""
         for params, grads, deviation in draw:
-            if params is flat.params and not any(grad is None for grad in grads):
-                torch._foreach_copy_(flat.theta_views, grads)
-                return flat.theta, deviation
-        parts = {
+            if params is flat.params:
+                return grads, deviation
+        found = {  # others were trained then
             p: (grad, part)
             for params, grads, deviation in draw
             for p, grad, part in zip(params, grads, unflatten(deviation, params), strict=True)
-            if grad is not None
         }
-        found = [parts.get(p) or (torch.zeros_like(p), torch.zeros_like(p)) for p in flat.params]
-        g_hat, deviation = (flatten(part) for part in zip(*found, strict=True))
-        return g_hat, deviation
+        grads, parts = zip(*(found.get(p) or (None, torch.zeros_like(p)) for p in flat.params), strict=True)
+        return list(grads), flatten(parts)
 
-    def _estimates(self, flat: Flat, group: dict, precision: Tensor) -> tuple[Tensor, Tensor]:
-        """ĝ and ĥ of some parameters, flat: means over blocks and, with `sync`, over processes."""
-        price, n = group["hess_approx"] == "price", len(self._draws)
-        for i, draw in enumerate(self._draws):
-            g, deviation = self._gathered(draw, flat)
-            product = deviation.mul_(g) if price else g.square()
+    def _estimates(
+        self, flat: Flat, draws: list[tuple[list[Tensor | None], Tensor]], price: bool
+    ) -> tuple[Tensor, Tensor]:
+        """ĝ, and ĝ·(θ − m) or ĝ², of some parameters, flat: means over draws and, with `sync`, processes.
+
+        A gradient that was not given counts as 0.
+        """
+        for i, (grads, deviation) in enumerate(draws):
+            given = [torch.zeros_like(p) if g is None else g for p, g in zip(flat.params, grads, strict=True)]
             if i == 0:
-                g_hat, h_hat = g if n == 1 else g.clone(), product
+                torch._foreach_copy_(flat.theta_views, given)
+                g_hat = flat.theta
+                product = deviation.mul_(g_hat) if price else g_hat.square()
             else:
-                g_hat, h_hat = g_hat.add_(g), h_hat.add_(product)
-        if n > 1:
-            g_hat, h_hat = g_hat.div_(n), h_hat.div_(n)
+                g = flatten(given)
+                g_hat.add_(g)
+                product.add_(deviation.mul_(g) if price else g.square_())
+        if len(draws) > 1:
+            g_hat.div_(len(draws))
+            product.div_(len(draws))
         if self.sync and dist.is_initialized():
-            both = torch.stack([g_hat, h_hat])
+            both = torch.stack([g_hat, product])
             dist.all_reduce(both)
-            g_hat, h_hat = both.div_(dist.get_world_size())
-        # ĥ = ĝ·(θ − m)/σ², Price's (or Stein's) identity for one draw, with 1/σ² = ess·(h + δ); or ess·ĝ².
-        return g_hat, (h_hat.mul_(precision) if price else h_hat).mul_(group["ess"])
+            g_hat, product = both.div_(dist.get_world_size())
+        return g_hat, product
 
     def _update(self, flat: Flat, group: dict) -> None:
         """One step for some parameters: g, h and m. Source: [S] algorithm 1."""
-        delta, beta1 = group["weight_decay"], group["beta1"]
+        delta, beta1, price = group["weight_decay"], group["beta1"], group["hess_approx"] == "price"
+        draws = [self._of(draw, flat) for draw in self._draws]
+        # Processes that reduce together have to agree on the parameters, whichever got a gradient here.
+        absent = (
+            [] if self.sync else [i for i in range(len(flat.params)) if all(g[i] is None for g, _ in draws)]
+        )
+        untouched = [x for i in absent for x in (flat.params[i], flat.g_views[i], flat.h_views[i])]
+        kept = [x.clone() for x in untouched]
+
         precision = torch.add(flat.h, delta, out=flat.m)
-        g_hat, h_hat = self._estimates(flat, group, precision)
+        g_hat, product = self._estimates(flat, draws, price)
+        # ĥ = ĝ·(θ − m)/σ², Price's (or Stein's) identity for one draw, with 1/σ² = ess·(h + δ); or ess·ĝ².
+        h_hat = (product.mul_(precision) if price else product).mul_(group["ess"])
         flat.g.lerp_(g_hat, 1 - beta1)  # g ← β1 g + (1 − β1) ĝ
         update_hessian_(flat.h, h_hat, precision, group["beta2"])
         precision = torch.add(flat.h, delta, out=h_hat)
@@ -333,9 +337,12 @@ class IVON(torch.optim.Optimizer):
         alpha = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1)
         update_mean_(flat.m, flat.g, precision, delta, bias, alpha, group["clip_radius"])
         torch._foreach_copy_(flat.params, flat.m_views)
-        if g_hat is flat.theta:  # a copy of the only draw's gradients
-            grads = next(grads for params, grads, _ in self._draws[0] if params is flat.params)
-        else:
-            grads = unflatten(g_hat, flat.params)
+
+        if kept:
+            torch._foreach_copy_(untouched, kept)
+        alone = len(draws) == 1 and not self.sync
+        grads = draws[0][0] if alone else list(unflatten(g_hat.clone(), flat.params))
+        for i in absent:
+            grads[i] = None
         for p, grad in zip(flat.params, grads, strict=True):
-            p.grad = grad.to(p.dtype)
+            p.grad = grad
