@@ -28,9 +28,9 @@ from torch._utils import _flatten_dense_tensors as flatten
 from torch._utils import _unflatten_dense_tensors as unflatten
 
 
-def posterior_sigma(h: Tensor, ess: float, delta: float) -> Tensor:
+def posterior_sigma(h: Tensor, ess: float, delta: float, out: Tensor | None = None) -> Tensor:
     """σ = 1/√(ess·(h + δ)). Source: [S] algorithm 1."""
-    return (h + delta).mul_(ess).rsqrt_()
+    return torch.add(h, delta, out=out).mul_(ess).rsqrt_()
 
 
 def update_hessian_(h: Tensor, h_hat: Tensor, precision: Tensor, beta2: float) -> None:
@@ -42,24 +42,29 @@ def update_hessian_(h: Tensor, h_hat: Tensor, precision: Tensor, beta2: float) -
     h.add_(change).addcdiv_(change.square_(), precision, value=0.5)
 
 
-def update_mean_(m: Tensor, g: Tensor, precision: Tensor, delta: float, bias: float, alpha: float, xi: float):
+def update_mean_(
+    m: Tensor, g: Tensor, precision: Tensor, delta: float, bias: float, alpha: float, xi: float, room: Tensor
+) -> None:
     """m ← m − α·clip((ḡ + δ m)/(h + δ), ±ξ) with ḡ = g/bias. Source: [S] algorithm 1, its code's clip.
 
-    `precision` is h + δ. The bias is taken out of the fraction: one pass over the parameters less.
+    `precision` is h + δ, and in `room` there may be anything; all are of one shape. The bias is taken out of
+    the fraction: one pass over the parameters less.
     """
-    change = torch.add(g, m, alpha=delta * bias).div_(precision)
+    change = torch.add(g, m, alpha=delta * bias, out=room).div_(precision)
     m.add_(change.clamp_(-xi * bias, xi * bias), alpha=-alpha / bias)
 
 
 class Flat:
     """Some parameters as one vector: their g and h, which the optimizer's state has views of, and room for
-    the mean m and a draw θ, (n,) each. Views and room are kept: making them takes longer than arithmetic.
+    the mean m, a draw θ and some deviations θ − m, (n,) each. Views and room are kept: making them takes
+    longer than arithmetic.
     """
 
     def __init__(self, params: list[Tensor], states: list[dict[str, Tensor]]):
         self.params = params
         self.g, self.h = (flatten([state[name] for state in states]).clone() for name in ("g", "h"))
         self.m, self.theta = torch.empty_like(self.g), torch.empty_like(self.g)
+        self.spare: list[Tensor] = []  # deviations of draws that were stepped on
         self.g_views, self.h_views = unflatten(self.g, params), unflatten(self.h, params)
         self.m_views, self.theta_views = unflatten(self.m, params), unflatten(self.theta, params)
         for state, g, h in zip(states, self.g_views, self.h_views, strict=True):
@@ -267,7 +272,8 @@ class IVON(torch.optim.Optimizer):
     def _draw(self, flat: Flat, group: dict, temperature: float) -> Tensor:
         """Note the mean m and a draw θ; returns the deviation θ − m = √τ·σ·ε."""
         torch._foreach_copy_(flat.m_views, flat.params)
-        deviation = posterior_sigma(flat.h, group["ess"], group["weight_decay"])
+        room = flat.spare.pop() if flat.spare else None
+        deviation = posterior_sigma(flat.h, group["ess"], group["weight_decay"], out=room)
         deviation.mul_(flat.theta.normal_())
         if temperature != 1:
             deviation.mul_(sqrt(temperature))
@@ -327,6 +333,10 @@ class IVON(torch.optim.Optimizer):
 
         precision = torch.add(flat.h, delta, out=flat.m)
         g_hat, product = self._estimates(flat, draws, price)
+        alone = len(draws) == 1 and not self.sync
+        grads = draws[0][0] if alone else list(unflatten(g_hat.clone(), flat.params))
+        for i in absent:
+            grads[i] = None
         # ĥ = ĝ·(θ − m)/σ², Price's (or Stein's) identity for one draw, with 1/σ² = ess·(h + δ); or ess·ĝ².
         h_hat = (product.mul_(precision) if price else product).mul_(group["ess"])
         flat.g.lerp_(g_hat, 1 - beta1)  # g ← β1 g + (1 − β1) ĝ
@@ -335,14 +345,12 @@ class IVON(torch.optim.Optimizer):
         torch._foreach_copy_(flat.m_views, flat.params)
         bias = 1 - beta1 ** group["step"] if group["debias"] else 1
         alpha = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1)
-        update_mean_(flat.m, flat.g, precision, delta, bias, alpha, group["clip_radius"])
+        xi = group["clip_radius"]
+        update_mean_(flat.m, flat.g, precision, delta, bias, alpha, xi, room=flat.theta)
         torch._foreach_copy_(flat.params, flat.m_views)
 
         if kept:
             torch._foreach_copy_(untouched, kept)
-        alone = len(draws) == 1 and not self.sync
-        grads = draws[0][0] if alone else list(unflatten(g_hat.clone(), flat.params))
-        for i in absent:
-            grads[i] = None
         for p, grad in zip(flat.params, grads, strict=True):
             p.grad = grad
+        flat.spare = [deviation for _, deviation in draws]

@@ -17,6 +17,7 @@ import argparse
 import collections
 import json
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -33,6 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, ALPHA, GAMMA = 3, 32, 0.1
+OPTIMIZER_STEPS, PAIRS = 100, 5  # timed steps of IVON in a process; pairs of processes, with --peers
 TARGETS = (
     "query_proj",
     "key_proj",
@@ -295,8 +297,7 @@ def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]
         name = "IVON" if which == "ivon-ours" else "ivon-opt"
         row = {"operations": operations(step)}
         if not args.counts:
-            row |= compared(step, step, args)
-            del row["ratio"]
+            row["seconds"] = statistics.median(seconds(step, args.device) for _ in range(OPTIMIZER_STEPS))
         return {f"{name}: sample + restore + step": row}
     reference = Batch(args.batch, args.length, args.device, args.bf16).frozen(
         backbone(args.layers, args.device)
@@ -305,6 +306,8 @@ def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]
     if not args.counts:
         rows["frozen backbone, forward + backward"] |= compared(reference, reference, args) | {"ratio": 1.0}
     for name, make in (ours if which == "ours" else peft_rows)(args).items():
+        if args.rows and not re.search(args.rows, name):
+            continue
         step = make()
         compiled, row = args.compile and "whole step" in name, {}
         if not compiled:  # a compiled graph is not dispatched operation by operation
@@ -337,6 +340,15 @@ def table(rows: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def in_a_process(which: str) -> dict[str, dict[str, float]]:
+    # Of its own: peft sees this code no more than this code sees peft, and two modules are called ivon.
+    command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{which}: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def main() -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
@@ -350,28 +362,31 @@ def main() -> None:
     parser.add_argument("--bf16", action="store_true", help="autocast on the backbone")
     parser.add_argument("--compile", action="store_true", help="whole steps with torch.compile")
     parser.add_argument("--counts", action="store_true", help="operations alone")
+    parser.add_argument("--rows", metavar="REGEX", help="only these of the steps")
     parser.add_argument("--peers", action="store_true", help="peft and ivon-opt as well")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # of a process of its own: its rows as JSON
     args = parser.parse_args()
     if args.only:
         print(json.dumps(measure(args, args.only)))
         return
-    rows = {}
-    for which in ("ours", "ivon-ours", *(("peft", "ivon-public") if args.peers else ())):
-        command = [sys.executable, __file__, *sys.argv[1:], "--only", which]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{which}: {done.stderr.strip().splitlines()[-1]}")
-        found = json.loads(done.stdout.splitlines()[-1])
-        rows |= {
-            name if which in ("ours", "ivon-ours") or name not in rows else f"{name} ({which})": row
-            for name, row in found.items()
-        }
+    rows, ratios = in_a_process("ours") | in_a_process("ivon-ours"), []
+    if args.peers:
+        peft = in_a_process("peft")
+        rows |= {f"{name} (peft's process)" if name in rows else name: row for name, row in peft.items()}
+        for _ in range(1 if args.counts else PAIRS):
+            one, other = in_a_process("ivon-ours"), in_a_process("ivon-public")
+            rows |= one | other
+            times = [row.get("seconds", 1) for pair in (one, other) for row in pair.values()]
+            ratios.append(times[0] / times[1])
     where = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else platform.machine()
     precision = "bf16" if args.bf16 else "float32"
     size, threads = f"batch {args.batch} × {args.length}", f"{args.threads} thread(s)"
     print(f"{where}, {threads}, {size}, {precision}, torch {torch.__version__}\n")
     print(table(rows))
+    if ratios and not args.counts:
+        middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
+        spread = f"{least:.2f} to {most:.2f} in {PAIRS} pairs of processes"
+        print(f"\nIVON's time over ivon-opt's: {middle:.2f} ({spread})")
 
 
 if __name__ == "__main__":
