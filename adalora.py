@@ -9,6 +9,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,32 +32,38 @@ HEADS |= {"score", "lm_head", "cls", "qa_outputs"}
 class AddLowRank(torch.autograd.Function):
     """y = x Wᵀ + b + (x Aᵀ) Bᵀ with W and b frozen: two operations more than the frozen map's, and four more
     in the backward pass. Shapes: x (n, d_in), W (d_out, d_in), B (d_out, r), A (r, d_in).
+
+    `Bt` is Bᵀ without a gradient. Factors of r rows make faster products than those of r columns: u is A xᵀ,
+    and Bt is best laid out row by row.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor) -> Tensor:
-        u = x @ A.T
-        ctx.save_for_backward(x, W, B, A, u)
-        return F.linear(x, W, b).addmm_(u, B.T)
+    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
+        u = A @ x.T
+        ctx.save_for_backward(x, W, A, Bt, u)
+        return F.linear(x, W, b).addmm_(u.T, Bt)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, B, A, u = ctx.saved_tensors
-        grad_u = grad_y @ B
-        grad_x = (grad_y @ W).addmm_(grad_u, A) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, (u.T @ grad_y).T, grad_u.T @ x  # (…).T: a faster product than grad_y.T @ u
+        x, W, A, Bt, u = ctx.saved_tensors
+        grad_u = Bt @ grad_y.T
+        grad_x = (grad_y @ W).addmm_(grad_u.T, A) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, (u @ grad_y).T, grad_u @ x, None
 
 
-def add_low_rank(base: nn.Module, x: Tensor, B: Tensor, A: Tensor, dropout: nn.Dropout) -> Tensor:
-    """base(x) + B A x."""
+def add_low_rank(
+    base: nn.Module, x: Tensor, B: Tensor, A: Tensor, dropout: nn.Dropout, Bt: Tensor | None = None
+) -> Tensor:
+    """base(x) + B A x. `Bt` is Bᵀ, if it is at hand row by row."""
     if (
         _is_plain(base)
         and base.weight.dtype == x.dtype == A.dtype
         and not (dropout.training and dropout.p)
         and not torch.is_autocast_enabled(x.device.type)
     ):
-        y = AddLowRank.apply(x.reshape(-1, base.in_features), base.weight, base.bias, B, A)
+        Bt = B.detach().T if Bt is None else Bt
+        y = AddLowRank.apply(x.reshape(-1, base.in_features), base.weight, base.bias, B, A, Bt)
         return y.view(*x.shape[:-1], base.out_features)
     # Any other base (quantised, of a lower precision, with hooks, not frozen), dropout, or autocast, in which
     # the adapter keeps its precision.
@@ -80,6 +87,13 @@ def _replace(p: nn.Parameter, new: Tensor) -> None:
     p.data = new
 
 
+class Scaled(NamedTuple):
+    """s·P Λ, (d_out, r), and its transpose, which has no gradient and is laid out row by row."""
+
+    B: Tensor
+    Bt: Tensor
+
+
 class SVDLinear(nn.Module):
     """y = base(x) + s·P Λ Q x with Λ = diag(λ), s = alpha/r a constant. Source: [A] eq. 3.
 
@@ -100,19 +114,19 @@ class SVDLinear(nn.Module):
         self.Q = nn.Parameter(torch.empty(rank, base.in_features, **factory).normal_(std=0.02))
         self.register_buffer("alive", torch.ones(rank, dtype=torch.bool, device=base.weight.device))
         self.masked = False  # whether any is not alive, known without asking the device
-        self.scaled: Tensor | None = None  # s·P Λ, in a forward pass of the model (`ScaleTogether`)
+        self.scaled: Scaled | None = None  # in a forward pass of the model (`ScaleTogether`)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.lam.numel():
             return self.base(x)
         wanted = torch.is_grad_enabled() and (self.P.requires_grad or self.lam.requires_grad)
-        usable = self.scaled is not None and self.scaled.requires_grad == wanted
-        scaled = self.scaled if usable else ScaleTogether.scale([self])[0]
-        return add_low_rank(self.base, x, scaled, self.Q, self.dropout)
+        usable = self.scaled is not None and self.scaled.B.requires_grad == wanted
+        B, Bt = self.scaled if usable else ScaleTogether.scale([self])[0]
+        return add_low_rank(self.base, x, B, self.Q, self.dropout, Bt)
 
     def delta(self) -> Tensor:
         """s·P Λ Q, what the adapter adds to the base's weight: (d_out, d_in)."""
-        return ScaleTogether.scale([self])[0] @ self.Q
+        return ScaleTogether.scale([self])[0].B @ self.Q
 
     def mask(self, alive: Tensor) -> None:
         """Hold all others off."""
@@ -146,7 +160,7 @@ class SVDLinear(nn.Module):
 
 
 class ScaleTogether:
-    """Hooks of a model: for the length of its forward pass each adapter has its s·P Λ, made for all of one
+    """Hooks of a model: for the length of its forward pass each adapter has its `Scaled`, made for all of one
     shape by a few operations. An adapter that is called alone makes its own, and so do all of a transformers
     model that checkpoints activations, which calls them again outside of its forward pass.
     """
@@ -170,12 +184,13 @@ class ScaleTogether:
             layer.scaled = None
 
     @staticmethod
-    def scale(same: list[SVDLinear]) -> tuple[Tensor, ...]:
-        """s·P Λ of adapters of one shape and one s."""
+    def scale(same: list[SVDLinear]) -> list[Scaled]:
+        """Of adapters of one shape and one s."""
         lam = torch.stack([layer.lam for layer in same])
         if any(layer.masked for layer in same):
             lam = lam * torch.stack([layer.alive for layer in same])
-        return (torch.stack([layer.P for layer in same]) * (same[0].scaling * lam).unsqueeze(1)).unbind()
+        B = torch.stack([layer.P for layer in same]) * (same[0].scaling * lam).unsqueeze(1)
+        return list(map(Scaled, B.unbind(), B.detach().mT.contiguous().unbind()))
 
 
 class LoRALinear(nn.Module):

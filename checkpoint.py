@@ -199,7 +199,8 @@ def restore(
     optimizer.load_state_dict(state["optimizer"])
     if allocator:
         allocator.load_state_dict(state["allocator"])
-    set_random_states(state["random"][rank()], model.device)
+    everyones = state["random"] if isinstance(state["random"], list) else [state["random"]]
+    set_random_states(everyones[rank()], model.device)
 
 
 def _moving(model: nn.Module) -> dict[str, Tensor]:

@@ -193,7 +193,7 @@ class IVON(torch.optim.Optimizer):
 
         A closure is called `mc_samples` times; it opens `sampled_params(train=True)` itself, as with the
         public implementation, and the mean of what it returns is returned. A parameter that no block gave a
-        gradient is left as it is. Raises RuntimeError if there was no block.
+        gradient, or that requires none any more, is left as it is. Raises RuntimeError if there was no block.
         """
         loss = None
         if closure is not None:
@@ -310,7 +310,7 @@ class IVON(torch.optim.Optimizer):
             else:
                 g = flatten(given)
                 g_hat.add_(g)
-                product.add_(deviation.mul_(g) if price else g.square_())
+                product.addcmul_(g, deviation if price else g)
         if len(draws) > 1:
             g_hat.div_(len(draws))
             product.div_(len(draws))

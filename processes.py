@@ -11,6 +11,7 @@ Each process has all of the model. What is averaged is the same in every process
 all that follows: parameters, posterior, scores, and which triplets are kept.
 """
 
+import io
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -55,10 +56,8 @@ def joined(device: str) -> Iterator[None]:
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: a process that fails alone must not wait for others
 
 
 @contextmanager
@@ -94,14 +93,22 @@ def from_all(mine: T) -> list[T]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What process 0 makes, in all of them; if that fails, in all of them (`together`)."""
-    result = [None]
+    """What process 0 makes, numbers, strings and tensors, in all; if that fails, in all (`together`)."""
+    result, content = None, io.BytesIO()
     with together():
         if rank() == 0:
-            result = [make()]
-    if count() > 1:
-        dist.broadcast_object_list(result)
-    return result[0]
+            result = make()
+            torch.save(result, content)  # a view of a vector does not bring all of it, as with pickle
+    if count() == 1:
+        return result
+    packed = [content.getvalue()]
+    dist.broadcast_object_list(packed)
+    return torch.load(io.BytesIO(packed[0]), map_location="cpu", weights_only=True)
+
+
+def is_of_another(error: RuntimeError) -> bool:
+    """Whether talking failed, because a process has gone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def shared(items: Tensor | list) -> Tensor | list:

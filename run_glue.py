@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers  # its parts are imported on their first use: what is wrong with a command is said sooner
 from torch import Tensor, nn
@@ -114,6 +115,7 @@ DERIVED += ("total_steps", "warmup_steps")
 UNCOMPARED = ("model", "data_dir", "output_dir", "checkpoint_every", "keep_checkpoint", "resume", "overwrite")
 FLOAT32_MAX = torch.finfo(torch.float32).max
 RANK_SEEDS = 1_000_003  # between the seeds of two processes: no run's seeds are that far apart
+LISTEN_EVERY = 10  # updates between two questions whether another process has received a signal
 FLUSH_EVERY = 50  # steps between two looks at the losses, each of which waits for the device
 
 
@@ -221,6 +223,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.processes > 1:
         if args.device not in ("cpu", "cuda"):
             raise UsageError(f"--device {args.device}: with torchrun it is cuda, a GPU a process, or cpu")
+        if args.device == "cuda" and not (torch.cuda.is_available() and dist.is_nccl_available()):
+            raise UsageError("--device cuda: there is no GPU, or no NCCL, here")
         args.device += f":{processes.local_rank()}" if args.device == "cuda" else ""
     task = task_of(args.task, args.method, args.demo)
     for name in ("max_length", "epochs", "eval_every", "alpha", "orth"):
@@ -659,6 +663,7 @@ def recorded_settings(args: argparse.Namespace, **checksums: str) -> dict:
 
 def check_same(settings: dict, config: dict, folder: Path) -> None:
     """Raise UsageError for the first setting that differs from those of the run in the folder."""
+    config = {"processes": 1} | config
     for name in sorted(settings, key=lambda name: name in DERIVED):
         now, then = settings[name], config.get(name)
         if name == "device":
@@ -765,8 +770,9 @@ def write_losses(path: Path, pending: list[Update]) -> list[float]:
             break
         losses.append(own[0])
         lines.append(json.dumps(update.record | {"loss": own[0]}) + "\n")
-    if processes.rank() == 0:
-        append(path, "".join(lines))
+    with processes.together():
+        if processes.rank() == 0:
+            append(path, "".join(lines))
     if error:
         raise error
     return losses
@@ -837,9 +843,9 @@ def run(args: argparse.Namespace) -> None:
     judged = [batch["input_ids"] for split in validation.values() for batch in split.batches]
     judged += [split.labels for split in validation.values()]
     checksums = {"encoder": encoder, "data": checksum([tokens, labels, *judged])}
-    everyones = processes.from_all(checksums)
+    start = [*checksums.values(), checksum(trained.values())]
     with processes.together():
-        if any(theirs != checksums for theirs in everyones):
+        if any(others != start for others in processes.from_all(start)):
             raise UsageError("the processes have not the same weights and data: check --model and --data_dir")
     settings, here = recorded_settings(args, **checksums), provenance(model.device)
     if not first:
@@ -878,10 +884,11 @@ def run(args: argparse.Namespace) -> None:
         else:
             config = settings | here
             save_all(())  # first: the new run can be gone on with before anything of an old one goes
-            for name in ("results.json", *LEFT_BEHIND) if first else ():
+        with processes.together():
+            for name in ("results.json", *LEFT_BEHIND) if first and not state else ():
                 (folder / name).unlink(missing_ok=True)
-        if first:
-            write_json(folder / "config.json", config)
+            if first:
+                write_json(folder / "config.json", config)
 
         # Train, and record.
         best, last, evaluating = (progress[name] for name in ("best", "last", "evaluating"))
@@ -932,7 +939,7 @@ def run(args: argparse.Namespace) -> None:
             final = t == args.total_steps
             at_evaluation = final or t % args.eval_every == 0
             at_checkpoint = t % args.checkpoint_every == 0 if args.checkpoint_every else at_evaluation
-            stopping = heard() if processes.count() == 1 else 0
+            stopping = heard() if processes.count() == 1 or t % LISTEN_EVERY == 0 else 0
             if at_evaluation or at_checkpoint or stopping or len(pending) == FLUSH_EVERY:
                 stopping = heard()  # all processes stop at the same step
                 losses = write_losses(folder / "metrics.jsonl", pending)
@@ -950,15 +957,16 @@ def run(args: argparse.Namespace) -> None:
                         evaluated = evaluate(model, validation, args, sigma)
                 except FloatingPointError as error:
                     raise NotFinite(f"{error} at step {t} (lr {lr:g})") from None
+                lines = [json.dumps({"step": t, "split": name, **found}) for name, found in evaluated.items()]
                 for split, scores in evaluated.items():
-                    if first:
-                        line = json.dumps({"step": t, "split": split, **scores})
-                        append(folder / "metrics.jsonl", line + "\n")
                     ending = "" if split == task.validation[0] else "_" + split.removeprefix("validation_")
                     last |= {metric + ending: score for metric, score in scores.items()}
-                if best is None or last[task.metric] > best[task.metric]:
-                    best = last
+                better = best is None or last[task.metric] > best[task.metric]
+                best = last if better else best
+                with processes.together():
                     if first:
+                        append(folder / "metrics.jsonl", "\n".join([*lines, ""]))
+                    if first and better:
                         save_adapter(folder / "adapter", model, layers, sigma)
                 evaluating += time.perf_counter() - began
             seconds = time.perf_counter() - started
@@ -1151,7 +1159,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except torch.OutOfMemoryError:
         mend = "a smaller --batch_size and as much more --grad_accum, or a smaller --eval_batch_size"
-        print(f"run_glue.py: error: out of memory: give {mend}", file=sys.stderr)
+        where = f" in process {processes.rank()}" if processes.count() > 1 else ""
+        print(f"run_glue.py: error: out of memory{where}: give {mend}", file=sys.stderr)
         return 2
     except NotFinite as error:  # in all processes
         if processes.rank():
@@ -1162,6 +1171,11 @@ def main(argv: list[str] | None = None) -> int:
         return 3
     except OSError as error:
         print(f"run_glue.py: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if processes.count() == 1 or not processes.is_of_another(error):
+            raise
+        print(f"run_glue.py: process {processes.rank()} ends: another one has gone", file=sys.stderr)
         return 2
     except Interrupted as interruption:
         signum, where = interruption.args

@@ -24,6 +24,8 @@ from transformers import PreTrainedTokenizerBase
 from checkpoint import checksum, read_tensors, write_tensors
 from glue import Task
 
+FORMAT = 1  # of what is kept
+
 
 def tokenize(
     dataset: Mapping[str, list], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -49,7 +51,8 @@ def kept_at(sentences: list[list[str]], tokenizer: PreTrainedTokenizerBase, max_
     backend.no_truncation()  # what its last call has left; each call says anew what it wants
     backend.no_padding()
     versions = transformers.__version__, tokenizers.__version__
-    how = type(tokenizer).__name__, tokenizer.truncation_side, tokenizer.model_input_names, max_length
+    how = type(tokenizer).__name__, tokenizer.model_input_names, tokenizer.truncation_side, max_length
+    how += (getattr(tokenizer, "split_special_tokens", None), FORMAT)
     digest = hashlib.sha256(json.dumps([backend.to_str(), versions, how, sentences]).encode())
     with contextlib.suppress(OSError, ValueError):
         return cached_assets_path("bayesian-adalora", "tokens") / f"{digest.hexdigest()[:32]}.safetensors"
@@ -61,9 +64,9 @@ def read(path: Path) -> list[dict] | None:
         tensors, metadata = read_tensors(path)
         if metadata["checksum"] != checksum(tensors[name] for name in sorted(tensors)):
             return None
+        ends = [0, *tensors.pop("length").cumsum(0).tolist()]
     except (ValueError, KeyError):
         return None
-    ends = [0, *tensors.pop("length").cumsum(0).tolist()]
     columns = {name: tensor.tolist() for name, tensor in tensors.items()}
     return [
         {name: column[start:end] for name, column in columns.items()}
@@ -74,10 +77,13 @@ def read(path: Path) -> list[dict] | None:
 def keep(path: Path, encoded: Mapping[str, list[list[int]]]) -> None:
     """All of a column one after the other, and each example's length. Where that fails, nothing is kept."""
     tensors = {name: torch.tensor([*itertools.chain(*column)]) for name, column in encoded.items()}
-    tensors = {name: x.to(torch.uint8 if x.max() < 256 else torch.int32) for name, x in tensors.items()}
+    small = {name for name, x in tensors.items() if not (x >= 256).any()}
+    tensors = {name: x.to(torch.uint8 if name in small else torch.int32) for name, x in tensors.items()}
     tensors["length"] = torch.tensor([len(ids) for ids in encoded["input_ids"]])
     total = checksum(tensors[name] for name in sorted(tensors))
     own = path.with_name(f"{path.stem}.{os.getpid()}")  # of several processes that do the same
-    with contextlib.suppress(OSError):
+    try:
         write_tensors(own, tensors, {"checksum": total})
         os.replace(own, path)
+    except OSError:
+        own.unlink(missing_ok=True)

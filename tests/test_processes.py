@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import write_glue
 
+import processes
 from glue import TASKS
 from run_glue import UsageError, parse_args, plan
 
@@ -49,13 +51,36 @@ class Allocator(run_glue.RankAllocator):
         if (t, rank) == (int(os.environ["SIGNAL_AT"]), 1):
             os.kill(os.getpid(), signal.SIGTERM)
 
+append, task_loss = run_glue.append, run_glue.task_loss
+
+def full(path, text):
+    if path.exists():
+        raise OSError(28, "No space left on device", str(path))
+    append(path, text)
+
+def bad(logits, labels):
+    return task_loss(logits, labels) * (float("nan") if rank == 1 else 1)
+
+def memory(*args):
+    raise torch.OutOfMemoryError
+
 sys.addaudithook(audit)
 run_glue.RankAllocator, dist.all_reduce = Allocator, counted
+trouble = os.environ["TROUBLE"]
+if trouble == "disk":
+    run_glue.append = full
+if trouble == "nan":
+    run_glue.task_loss = bad
+if trouble == "memory" and rank == 1:
+    run_glue.task_loss = memory
 status = run_glue.main(sys.argv[1:])
+if status or not allocators:
+    sys.exit(status)
 last = allocators[-1]
 params = [p for layer in last.layers.values() for p in (layer.P, layer.lam, layer.Q)]
 seen["parameters"] = [p.tolist() for p in params]
-seen["posterior"] = [sigma.tolist() for sigma in last.optimizer.sigmas(params)]
+sigmas = getattr(last.optimizer, "sigmas", lambda params: [])
+seen["posterior"] = [sigma.tolist() for sigma in sigmas(params)]
 seen["kept"] = [kept.tolist() for kept in last.kept.values()]
 with open(f"{os.environ['SEEN']}.{rank}", "w") as file:
     json.dump(seen, file)
@@ -77,8 +102,8 @@ def finished(command: list[object], **environment: object) -> subprocess.Complet
 
 
 def errors(done: subprocess.CompletedProcess) -> list[str]:
-    """What run_glue.py itself says; torchrun adds a page of its own."""
-    return [line for line in done.stderr.splitlines() if line.startswith("run_glue.py: ")]
+    """What run_glue.py itself says, perhaps behind a bar; torchrun adds a page of its own."""
+    return re.findall(r"run_glue\.py: .*", done.stderr)
 
 
 def last_checkpoint(folder: Path) -> dict:
@@ -107,13 +132,13 @@ def data(bert: Path, tmp_path_factory: pytest.TempPathFactory) -> list[object]:
 
 
 def watched(
-    data: list[object], folder: Path, *flags: object, signal_at: int = 0
+    data: list[object], folder: Path, *flags: object, signal_at: int = 0, trouble: str = ""
 ) -> tuple[subprocess.CompletedProcess, list[dict]]:
-    """A run with IVON in `folder`, and what each of its two processes has seen, if they get to the end."""
+    """A run in `folder`, and what each of its two processes has seen, if they get to the end."""
     script, seen = folder.parent / "watched.py", folder.parent / "seen"
     script.write_text(WATCHED)
-    flags = (*RUN, *data, *IVON, *flags, "--output_dir", folder)
-    done = torchrun(script, *flags, WATCHED_FOLDER=folder, SIGNAL_AT=signal_at, SEEN=seen)
+    flags = (*RUN, *data, *flags, "--output_dir", folder)
+    done = torchrun(script, *flags, WATCHED_FOLDER=folder, SIGNAL_AT=signal_at, SEEN=seen, TROUBLE=trouble)
     paths = [Path(f"{seen}.{rank}") for rank in range(2)] if done.returncode == 0 else []
     return done, [json.loads(path.read_text()) for path in paths]
 
@@ -124,7 +149,7 @@ def whole(
 ) -> tuple[Path, subprocess.CompletedProcess, list[dict]]:
     """An uninterrupted run of two processes: its folder, how it ended, and what they have seen."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, *watched(data, folder)
+    return folder, *watched(data, folder, *IVON)
 
 
 def test_two_processes_with_adamw_are_one_with_twice_the_batch(data: list[object], tmp_path: Path):
@@ -161,6 +186,60 @@ def test_an_update_is_one_all_reduce(whole: tuple, process: int):
     assert whole[2][process]["reductions"] == 30 + looks_at_the_losses
 
 
+def test_an_update_with_adamw_is_one_all_reduce_too(data: list[object], tmp_path: Path):
+    adamw = ["--optimizer", "adamw", "--score", "sensitivity", "--lr", "0.01", "--batch_size", "4"]
+    done, both = watched(data, tmp_path / "run", *adamw)
+    assert done.returncode == 0, done.stderr
+    assert [seen["reductions"] for seen in both] == [30 + 3] * 2
+    assert both[0]["parameters"] == both[1]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        ("disk", ["run_glue.py: error: {folder}/metrics.jsonl: No space left on device"]),
+        (
+            "nan",
+            ["run_glue.py: stopped: the loss is not finite at step 1 (lr 5); the checkpoint of step 0"],
+        ),
+        ("memory", ["run_glue.py: error: out of memory in process 1", "run_glue.py: process 0 ends"]),
+    ],
+)
+def test_trouble_in_one_process_ends_all_and_is_told_in_a_line(
+    trouble: str, told: list[str], data: list[object], tmp_path: Path
+):
+    done, _ = watched(data, tmp_path / "run", *IVON, trouble=trouble)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr.split("torch/distributed/elastic")[0]
+    assert "[rank" not in done.stderr
+    said = errors(done)
+    assert 1 <= len(said) <= len(told)
+    for line, start in zip(sorted(said), told, strict=False):
+        assert line.startswith(start.format(folder=tmp_path / "run"))
+
+
+def test_a_view_of_a_vector_travels_alone():
+    """IVON's state are views of flat vectors: a checkpoint of it has to stay as large as it is."""
+    flat = torch.zeros(100_000)
+    state = {i: flat[i * 1000 : (i + 1) * 1000] for i in range(100)}
+    sent = []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processes, "count", lambda: 2)
+        patch.setattr(processes, "from_all", lambda mine: [mine, mine])
+        patch.setattr(processes.dist, "broadcast_object_list", sent.extend)
+        received = processes.from_first(lambda: state)
+    assert len(sent[0]) < 2 * 4 * flat.numel()
+    assert received.keys() == state.keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpus_that_are_not_there_are_named_once(data: list[object], tmp_path: Path):
+    flags = [*RUN, *data, *IVON, "--device", "cuda", "--output_dir", tmp_path / "run"]
+    told = errors(torchrun(SCRIPT, *flags))
+    assert told == ["run_glue.py: error: --device cuda: there is no GPU, or no NCCL, here"]
+
+
 def test_only_the_first_process_writes_and_speaks(whole: tuple):
     folder, done, (first, second) = whole
     assert first["written"]
@@ -174,9 +253,9 @@ def test_a_run_of_two_processes_that_one_signal_stopped_goes_on_to_the_same_end(
     whole: tuple, data: list[object], tmp_path: Path
 ):
     folder = tmp_path / "run"
-    stopped, _ = watched(data, folder, signal_at=14)
+    stopped, _ = watched(data, folder, *IVON, signal_at=14)
     assert errors(stopped) == ["run_glue.py: SIGTERM after step 20; --resume goes on from there"]
-    resumed, (first, second) = watched(data, folder, "--resume")
+    resumed, (first, second) = watched(data, folder, *IVON, "--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert first["parameters"] == second["parameters"] == whole[2][0]["parameters"]
     assert first["posterior"] == whole[2][0]["posterior"]
