@@ -98,7 +98,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def triplet_scores(self) -> dict[str, Tensor]:
-        """Every triplet's score now, (r,) by adapter; sensitivity's only until the last allocation."""
+        """Every triplet's score now, (r,) by adapter. KeyError for sensitivity after the last allocation."""
         S = self._scores([self.score])[self.score]
         return dict(zip(self.layers, S.split(self._sizes()), strict=True))
 

@@ -665,6 +665,48 @@ def test_a_parameter_without_a_gradient_does_not_change_how_the_others_are_updat
     follow(opt, params, [PaperIVON(a, **SETTINGS) for a in start()], steps=20)
 
 
+def test_a_parameter_without_a_gradient_keeps_the_flat_vectors_of_the_others():
+    """They are made once; that would otherwise be most of a step."""
+    params = parameters(start())
+    idle = nn.Parameter(torch.zeros(5, dtype=torch.float64))
+    opt = IVON([idle, *params], **SETTINGS)
+    train(opt, params, 1)
+    held = [opt.state[p][name].data_ptr() for p in params for name in ("g", "h")]
+    train(opt, params, 3)
+    assert [opt.state[p][name].data_ptr() for p in params for name in ("g", "h")] == held
+    assert idle.grad is None
+
+
+def test_a_parameter_frozen_after_its_block_is_left_as_it_is():
+    opt, params = make()
+    train(opt, params, 2)
+    before, h = bits(params[0]), bits(opt.state[params[0]]["h"])
+    with opt.sampled_params(train=True):
+        for p in params:
+            p.grad = torch.ones_like(p)
+    params[0].requires_grad_(False)
+    opt.step()
+    assert bits(params[0]) == before
+    assert bits(opt.state[params[0]]["h"]) == h
+    assert bits(params[1]) != bits(parameters(start())[1])
+
+
+@pytest.mark.parametrize("approx", ["price", "gradsq"])
+def test_gradients_that_were_handed_over_are_not_written_to(approx: str):
+    p = nn.Parameter(torch.zeros(4))
+    opt = IVON([p], lr=0.1, ess=10.0, hess_approx=approx)
+    given = torch.full_like(p, 2.0)
+    for _ in range(3):
+        with opt.sampled_params(train=True):
+            p.grad = given
+    opt.step()
+    assert given.tolist() == [2.0] * 4
+    assert p.grad.tolist() == [2.0] * 4
+    with opt.sampled_params():  # nor does a draw write into what the step has left
+        pass
+    assert p.grad.tolist() == [2.0] * 4
+
+
 def test_a_model_without_any_gradient_can_take_a_step():
     p = nn.Parameter(torch.ones(3))
     opt = IVON([p], lr=0.1, ess=10.0)
