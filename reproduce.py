@@ -549,14 +549,18 @@ def ranks_figure(patterns: dict[str, dict[str, float]]) -> Figure:
     down = math.ceil(len(patterns) / across)
     example = rank_rows(next(iter(patterns.values())))
     modules = list(dict.fromkeys(module for row in example.values() for module in row))
-    size = (2.2 + across * (0.4 * len(example) + 0.6), 0.6 + down * (0.32 * len(modules) + 0.7))
+    width = 0.4 * len(example) + 0.6
+    titles = {name: "\n".join(textwrap.wrap(name, int(14 * width))) for name in patterns}
+    title_height = 0.13 * max(title.count("\n") for title in titles.values())
+    size = (2.2 + across * width, 0.6 + down * (0.32 * len(modules) + 0.7 + title_height))
     figure, axes = plt.subplots(
         down, across, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
     )
     top = max(max(ranks.values()) for ranks in patterns.values())
+    panels = list(axes.flat[: len(patterns)])
     for axis in axes.flat[len(patterns) :]:
         axis.remove()
-    for axis, (name, ranks) in zip(axes.flat, patterns.items(), strict=False):
+    for axis, (name, ranks) in zip(panels, patterns.items(), strict=True):
         rows = rank_rows(ranks)
         grid = np.array([[row.get(module, math.nan) for row in rows.values()] for module in modules])
         image = axis.imshow(grid, vmin=0, vmax=max(top, 1), cmap="viridis", aspect="auto")
@@ -564,11 +568,12 @@ def ranks_figure(patterns: dict[str, dict[str, float]]) -> Figure:
             colour = "black" if rank > 0.6 * top else "white"
             text = "" if math.isnan(rank) else f"{round(rank, 1):g}"
             axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=7)
-        axis.set_title(name, fontsize=8)
+        axis.set_title(titles[name], fontsize=8)
         axis.set_xticks(range(len(rows)), rows, fontsize=7)
+        axis.tick_params(labelbottom=axis in panels[-across:])
         axis.set_yticks(range(len(modules)), modules, fontsize=7)
     figure.supxlabel("layer", fontsize=8)
-    figure.colorbar(image, ax=axes, label="rank", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="rank", shrink=0.8)
     return figure
 
 
@@ -617,7 +622,9 @@ def curves_figure(runs: list[Run]) -> Figure:
     if not tasks:
         raise UsageError("none of these runs has a metrics.jsonl that can be read")
     plt = pyplot()
-    size = (1 + 5 * len(tasks), 5.5)
+    labels = {group.name: "\n".join(textwrap.wrap(group.name, 72)) for group in groups}
+    lines = max(sum(1 + labels[g.name].count("\n") for g in groups if g.task == task) for task in tasks)
+    size = (1 + 5 * len(tasks), 5.7 + 0.15 * lines)
     figure, axes = plt.subplots(
         2, len(tasks), figsize=size, squeeze=False, sharex="col", height_ratios=(3, 1), layout="constrained"
     )
@@ -631,15 +638,16 @@ def curves_figure(runs: list[Run]) -> Figure:
             evaluations.append({e["step"]: e[metric] for e in lines if e.get("split") == split})
             budgets.append({e["step"]: e["budget"] for e in lines if "budget" in e})
         steps, values = mean_over_seeds(evaluations)
-        score.plot(steps, values.mean(0), label=group.name, color=colour)
+        score.plot(steps, values.mean(0), label=labels[group.name], color=colour)
         score.fill_between(steps, values.min(0), values.max(0), alpha=0.15, color=colour, linewidth=0)
         steps, values = mean_over_seeds(budgets)
         budget.plot(steps, values.mean(0), color=colour)
         score.set(title=TASKS[group.task].folder, ylabel=metric.replace("_", " "))
         budget.set(xlabel="step", ylabel="triplets")
-    for axis in axes[0]:
-        axis.legend(fontsize=7)
-        axis.grid(alpha=0.3)
+    for score, budget in axes.T:
+        score.grid(alpha=0.3)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4), "borderaxespad": 0}
+        budget.legend(*score.get_legend_handles_labels(), fontsize=7, **below)
     return figure
 
 

@@ -468,6 +468,32 @@ def test_the_heat_maps_show_the_ranks_on_one_colour_scale(patterns: Path, tmp_pa
     assert {image.get_clim() for image in images} == {(0, 3)}
 
 
+def test_long_names_overlap_nothing_in_the_figures(tmp_path: Path):
+    flags = (
+        "--task cola --hess_init 0.0001 --beta2 0.999 --ess 10000000 --clip_radius 0.002 --lr 8000".split()
+    )
+    for score in ("snr", "mu", "inv_sigma"):
+        run = write_run(tmp_path / score, [*flags, "--score", score], best=0.5)
+        lines = [{"step": 50, "split": "validation", "matthews_correlation": 0.5}, {"step": 1, "budget": 12}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for figure in (
+        reproduce.ranks_figure(reproduce.mean_ranks(reproduce.parse(["ranks", str(tmp_path)]))),
+        reproduce.curves_figure(reproduce.find_runs([tmp_path])),
+    ):
+        figure.canvas.draw()
+        panels = [axis for axis in figure.axes if axis.images or axis.lines]
+        boxes = [axis.get_window_extent() for axis in panels]
+        texts = [axis.title for axis in panels if axis.get_title()]
+        texts += [axis.get_legend() for axis in panels if axis.get_legend()]
+        assert texts
+        extents = [text.get_window_extent() for text in texts]
+        width, height = figure.canvas.get_width_height()
+        for i, extent in enumerate(extents):
+            assert not any(extent.overlaps(other) for other in [*boxes, *extents[:i], *extents[i + 1 :]])
+            assert 0 <= extent.x0 < extent.x1 <= width
+            assert 0 <= extent.y0 < extent.y1 <= height
+
+
 def test_ranks_of_different_models_cannot_share_a_figure(patterns: Path, capsys: pytest.CaptureFixture):
     flags = ["--task", "cola", "--model", "another", "--max_steps", "100"]
     write_run(patterns / "z", flags, 0.5)
