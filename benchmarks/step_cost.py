@@ -287,17 +287,26 @@ def compared(step: Callable, reference: Callable, args: argparse.Namespace) -> d
     for _ in range(args.warmup):
         reference()
         step()
-    if args.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
     ratios, times = [], []
     for _ in range(args.repeats):
         base = seconds(reference, args.device)
         times.append(seconds(step, args.device))
         ratios.append(times[-1] / base)
-    row = {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
-    if args.device.startswith("cuda"):
-        row["peak_memory_mb"] = torch.cuda.max_memory_allocated() / 2**20
-    return row
+    return {"seconds": statistics.median(times), "ratio": statistics.median(ratios)}
+
+
+def allocated(device: str) -> int:
+    return torch.cuda.memory_allocated(device) if device.startswith("cuda") else 0
+
+
+def peak_memory(step: Callable, device: str, before: int) -> dict[str, float]:
+    """What a step and its model take at most on a GPU, in MB, without what was allocated before they were."""
+    if not device.startswith("cuda"):
+        return {}
+    step()
+    torch.cuda.reset_peak_memory_stats(device)
+    step()
+    return {"peak_memory_mb": (torch.cuda.max_memory_allocated(device) - before) / 2**20}
 
 
 def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]:
@@ -310,21 +319,25 @@ def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]
         if not args.counts:
             row["seconds"] = statistics.median(seconds(step, args.device) for _ in range(OPTIMIZER_STEPS))
         return {f"{name}: sample + restore + step": row}
+    before = allocated(args.device)
     reference = Batch(args.batch, args.length, args.device, args.bf16).frozen(
         backbone(args.layers, args.device)
     )
     rows = {"frozen backbone, forward + backward": {"operations": operations(reference)}}
     if not args.counts:
-        rows["frozen backbone, forward + backward"] |= compared(reference, reference, args) | {"ratio": 1.0}
+        frozen = compared(reference, reference, args) | {"ratio": 1.0}
+        frozen |= peak_memory(reference, args.device, before)
+        rows["frozen backbone, forward + backward"] |= frozen
     for name, make in (ours if which == "ours" else peft_rows)(args).items():
         if args.rows and not re.search(args.rows, name):
             continue
+        before = allocated(args.device)
         step = make()
         compiled, row = args.compile and "whole step" in name, {}
         if not compiled:  # a compiled graph is not dispatched operation by operation
             row["operations"] = operations(step)
         if not args.counts:
-            row |= compared(step, reference, args)
+            row |= compared(step, reference, args) | peak_memory(step, args.device, before)
         rows[f"{name}, compiled" if compiled else name] = row
         del step
     return rows
