@@ -305,6 +305,27 @@ def test_the_papers_number_stands_beside_runs_of_its_model_and_setting_alone(
     assert out.count("[") == 3  # those two and the legend
 
 
+def test_runs_of_several_processes_are_the_papers_with_adamw_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """With IVON each process draws for itself."""
+    adamw = ["--task", "cola", "--optimizer", "adamw", "--score", "sensitivity", "--batch_size", "16"]
+    steps = ["--max_steps", "6700"]  # as many as 32 examples an update make of 25 epochs
+    write_run(tmp_path / "adamw", [*adamw, *steps], 0.7, processes=2)
+    write_run(tmp_path / "ivon", ["--task", "cola", "--batch_size", "16", *steps], 0.6, processes=2)
+    out, _ = output(capsys, "table", tmp_path)
+    assert "**70.00 (1) [70.78]**" in out
+    assert "*60.00 (1)* |" in out
+
+
+def test_runs_of_another_number_of_processes_are_not_averaged(tmp_path: Path, capsys: pytest.CaptureFixture):
+    for seed, processes in ((1, 1), (2, 1), (3, 2)):
+        write_run(tmp_path / str(seed), ["--task", "cola", "--seed", str(seed)], 0.5, processes=processes)
+    out, _ = output(capsys, "table", tmp_path)
+    assert "50.00 ± 0.00 (2)" in out
+    assert "(processes 2)" in out
+
+
 def test_every_row_of_the_grid_is_the_papers_setting(whole_grid: list[str]):
     numbers = reproduce.paper_table()
     assert len(numbers) == 15 * 8
