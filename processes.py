@@ -94,13 +94,12 @@ def from_all(mine: T) -> list[T]:
 
 def from_first(make: Callable[[], T]) -> T:
     """What process 0 makes, numbers, strings and tensors, in all; if that fails, in all (`together`)."""
-    result, content = None, io.BytesIO()
+    if count() == 1:
+        return make()
+    content = io.BytesIO()
     with together():
         if rank() == 0:
-            result = make()
-            torch.save(result, content)  # a view of a vector does not bring all of it, as with pickle
-    if count() == 1:
-        return result
+            torch.save(make(), content)  # a view of a vector does not bring all of it, as with pickle
     packed = [content.getvalue()]
     dist.broadcast_object_list(packed)
     return torch.load(io.BytesIO(packed[0]), map_location="cpu", weights_only=True)
