@@ -615,8 +615,8 @@ def check_device(args: argparse.Namespace) -> None:
         except Exception as error:  # every backend that is not there says so in its own way
             why = str(error).strip().splitlines()[0]
             raise UsageError(f"{flag} cannot be used on {args.device}: {why}") from None
-    if args.device.startswith("cuda"):
-        torch.cuda.set_device(args.device)
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)  # it wants a number
     # TF32, on GPUs that have it: float32 products are several times faster there.
     torch.set_float32_matmul_precision("high" if args.device.startswith("cuda") else "highest")
 

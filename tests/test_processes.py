@@ -14,7 +14,7 @@ from conftest import write_glue
 
 import processes
 from glue import TASKS
-from run_glue import UsageError, parse_args, plan
+from run_glue import UsageError, check_device, parse_args, plan
 
 REPO = Path(__file__).resolve().parent.parent
 SCRIPT = REPO / "run_glue.py"
@@ -238,6 +238,18 @@ def test_gpus_that_are_not_there_are_named_once(data: list[object], tmp_path: Pa
     flags = [*RUN, *data, *IVON, "--device", "cuda", "--output_dir", tmp_path / "run"]
     told = errors(torchrun(SCRIPT, *flags))
     assert told == ["run_glue.py: error: --device cuda: there is no GPU, or no NCCL, here"]
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", []), ("cuda:1", ["cuda:1"]), ("cpu", [])])
+def test_a_numbered_gpu_becomes_the_current_one(
+    device: str, chosen: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    zeros, seen = torch.zeros, []
+    monkeypatch.setattr(torch, "zeros", lambda n, device: zeros(n))
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", lambda precision: None)
+    monkeypatch.setattr(torch.cuda, "set_device", seen.append)
+    check_device(parse_args(["--task", "cola", "--device", device]))
+    assert seen == chosen
 
 
 def test_only_the_first_process_writes_and_speaks(whole: tuple):
