@@ -99,7 +99,7 @@ def from_first(make: Callable[[], T]) -> T:
     content = io.BytesIO()
     with together():
         if rank() == 0:
-            torch.save(make(), content)  # a view of a vector does not bring all of it, as with pickle
+            torch.save(make(), content)  # many views of one vector are sent as one vector
     packed = [content.getvalue()]
     dist.broadcast_object_list(packed)
     return torch.load(io.BytesIO(packed[0]), map_location="cpu", weights_only=True)
