@@ -623,8 +623,8 @@ def curves_figure(runs: list[Run]) -> Figure:
         raise UsageError("none of these runs has a metrics.jsonl that can be read")
     plt = pyplot()
     labels = {group.name: "\n".join(textwrap.wrap(group.name, 72)) for group in groups}
-    lines = max(sum(1 + labels[g.name].count("\n") for g in groups if g.task == task) for task in tasks)
-    size = (1 + 5 * len(tasks), 5.7 + 0.15 * lines)
+    most = max(sum(1 + labels[g.name].count("\n") for g in groups if g.task == task) for task in tasks)
+    size = (1 + 5 * len(tasks), 5.7 + 0.15 * most)
     figure, axes = plt.subplots(
         2, len(tasks), figsize=size, squeeze=False, sharex="col", height_ratios=(3, 1), layout="constrained"
     )

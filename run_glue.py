@@ -843,7 +843,7 @@ def run(args: argparse.Namespace) -> None:
     judged = [batch["input_ids"] for split in validation.values() for batch in split.batches]
     judged += [split.labels for split in validation.values()]
     checksums = {"encoder": encoder, "data": checksum([tokens, labels, *judged])}
-    start = [*checksums.values(), checksum(trained.values())]
+    start = [*checksums.values(), checksum(trained.values()) if args.processes > 1 else None]
     with processes.together():
         if any(others != start for others in processes.from_all(start)):
             raise UsageError("the processes have not the same weights and data: check --model and --data_dir")
@@ -939,9 +939,9 @@ def run(args: argparse.Namespace) -> None:
             final = t == args.total_steps
             at_evaluation = final or t % args.eval_every == 0
             at_checkpoint = t % args.checkpoint_every == 0 if args.checkpoint_every else at_evaluation
-            stopping = heard() if processes.count() == 1 or t % LISTEN_EVERY == 0 else 0
+            listening = processes.count() == 1 or t % LISTEN_EVERY == 0
+            stopping = heard() if listening else 0  # all processes stop at the same step
             if at_evaluation or at_checkpoint or stopping or len(pending) == FLUSH_EVERY:
-                stopping = heard()  # all processes stop at the same step
                 losses = write_losses(folder / "metrics.jsonl", pending)
                 so_far = best and f"{best[task.metric]:.4f}"
                 bar.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", best=so_far)

@@ -86,4 +86,5 @@ def keep(path: Path, encoded: Mapping[str, list[list[int]]]) -> None:
         write_tensors(own, tensors, {"checksum": total})
         os.replace(own, path)
     except OSError:
-        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            own.unlink()
