@@ -44,7 +44,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import processes
-from adalora import HEADS, TARGETS, add_penalty_gradients, inject, linear_maps
+from adalora import (
+    HEADS,
+    TARGETS,
+    add_penalty_gradients,
+    inject,
+    linear_maps,
+    narrow_relative_positions,
+)
 from budget import CubicBudget
 from checkpoint import (
     append,
@@ -563,7 +570,9 @@ def adapted_model(args: argparse.Namespace, task: Task) -> Adapted:
     with mendable():
         tokenizer, model = load_model(args.model, len(task.labels) or 1)
     layers = {}
-    if args.method != "full":
+    if args.method == "full":
+        narrow_relative_positions(model)
+    else:
         args.targets = args.targets or TARGETS.get(model.config.model_type)
         if args.targets is None:
             maps = ", ".join(linear_maps(model))

@@ -109,19 +109,9 @@ class Batch:
             loss = F.cross_entropy(model(**self.inputs).logits.float(), self.labels)
         loss.backward()
 
-    def frozen(self, model: nn.Module, relative: bool = False) -> Callable[[], None]:
-        """The backbone's forward and backward pass: the gradient goes down to the embeddings.
-
-        With `relative` it goes, too, as deep into the relative positions' part of the attention as any
-        adapter's on query and key has to: to what these maps make of the positions.
-        """
-        leaves = [model.deberta.embeddings]
-        if relative:
-            leaves += [m for name, m in model.named_modules() if name.endswith(("query_proj", "key_proj"))]
-        for module in leaves:
-            module.register_forward_hook(
-                lambda _module, _inputs, y: y if y.requires_grad else y.requires_grad_()
-            )
+    def frozen(self, model: nn.Module) -> Callable[[], None]:
+        """The backbone's forward and backward pass: the gradient goes down to the embeddings."""
+        model.deberta.embeddings.register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
 
         def step() -> None:
             self.backward(model)
@@ -133,7 +123,7 @@ class Batch:
 def ours(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
     """Name of a row → one step of this code."""
     sys.path.insert(0, str(ROOT))
-    from adalora import add_penalty_gradients, inject
+    from adalora import add_penalty_gradients, inject, narrow_relative_positions
     from budget import CubicBudget
     from ivon import IVON
     from vilora import RankAllocator
@@ -169,6 +159,11 @@ def ours(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
 
         return step
 
+    def narrowed() -> Callable[[], None]:
+        model = backbone(args.layers, args.device)
+        narrow_relative_positions(model)
+        return batch.frozen(model)
+
     def adapters(kind: str) -> Callable[[], None]:
         model = backbone(args.layers, args.device)
         layers = inject(model, TARGETS, RANK, ALPHA, kind=kind)
@@ -183,9 +178,7 @@ def ours(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         return step
 
     return {
-        "frozen backbone, through relative positions, too": lambda: batch.frozen(
-            backbone(args.layers, args.device), relative=True
-        ),
+        "frozen backbone, relative positions narrowed": narrowed,
         "LoRA, forward + backward": lambda: adapters("lora"),
         "AdaLoRA, forward + backward + penalty": lambda: adapters("svd"),
         "IVON + mu, whole step": lambda: training("IVON", "mu", "between"),

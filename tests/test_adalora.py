@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
@@ -19,6 +20,7 @@ from transformers import (
     RobertaConfig,
     SqueezeBertConfig,
 )
+from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 from adalora import (
     TARGETS,
@@ -28,6 +30,7 @@ from adalora import (
     add_penalty_gradients,
     inject,
     linear_maps,
+    narrow_relative_positions,
     orthogonality_penalty,
 )
 
@@ -549,6 +552,77 @@ def test_an_unknown_architecture_can_say_which_linear_maps_it_has():
         "intermediate.dense",
         "output.dense",
     ]
+
+
+# --- relative positions -------------------------------------------------------------------------------------
+
+RELATIVE = {  # in transformers' own models: DeBERTaV3's form, and every other way that its configuration has
+    "as DeBERTaV3": {"norm_rel_ebd": "layer_norm", "share_att_key": True},
+    "maps of their own": {"share_att_key": False},
+    "one direction": {"pos_att_type": ["c2p"], "norm_rel_ebd": "layer_norm"},
+    "the other direction": {"pos_att_type": ["p2c"], "share_att_key": True},
+    "no buckets": {"position_buckets": -1, "max_relative_positions": 24},
+    "buckets too dense to be narrowed": {"position_buckets": 24, "max_relative_positions": 26},
+    "none": {"relative_attention": False},
+}
+
+
+def with_relative_positions(how: str) -> nn.Module:
+    torch.manual_seed(0)
+    common = {"relative_attention": True, "position_buckets": 16, "pos_att_type": ["p2c", "c2p"]}
+    config = DebertaV2Config(**SIZES | common | RELATIVE[how])
+    return AutoModelForSequenceClassification.from_config(config).double().eval()
+
+
+@pytest.mark.parametrize("how", RELATIVE)
+def test_narrowed_relative_positions_change_neither_logits_nor_gradients(how: str):
+    whole = with_relative_positions(how)
+    narrow = copy.deepcopy(whole)
+    narrow_relative_positions(narrow)
+    narrow_relative_positions(narrow)
+    for tokens in (1, 2, 7, 8, 9, 15, 16, 17, 20, 31, 3):
+        ids = torch.randint(3, 40, (3, tokens), generator=torch.Generator().manual_seed(tokens))
+        mask = (torch.arange(tokens) < torch.tensor([[tokens], [tokens - 1], [1]])).long()
+        for model in (whole, narrow):
+            model.zero_grad()
+            model(ids, attention_mask=mask).logits.square().sum().backward()
+        torch.testing.assert_close(narrow(ids, mask).logits, whole(ids, mask).logits, rtol=1e-12, atol=1e-14)
+        gradients = [[p.grad for _, p in sorted(model.named_parameters())] for model in (narrow, whole)]
+        for ours, plain in zip(*gradients, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
+
+
+def test_an_adapted_query_is_asked_for_no_more_positions_than_there_are():
+    model, rows = with_relative_positions("as DeBERTaV3").float(), []
+    layers = inject(model, TARGETS["deberta-v2"], rank=2, alpha=4)
+    query = layers["deberta.encoder.layer.0.attention.self.query_proj"]
+    query.register_forward_hook(lambda _module, inputs, _y: rows.append(inputs[0].shape[:2]))
+    for tokens in (5, 40, 9):
+        model(torch.arange(3, 3 + 2 * tokens).view(2, tokens) % 40)
+    assert rows == [(2, 5), (1, 10), (2, 40), (1, 32), (2, 9), (1, 18)]
+
+
+@pytest.mark.parametrize(("buckets", "farthest"), [(256, 512), (16, 512), (32, 512), (8, 13), (256, 385)])
+def test_no_bucket_has_a_number_above_its_distance(buckets: int, farthest: int):
+    x = torch.empty(1, farthest, 1)
+    relative = build_relative_position(x, x, buckets, farthest)[0]
+    distance = torch.arange(farthest)[:, None] - torch.arange(farthest)
+    assert (relative.abs() <= distance.abs()).all()
+
+
+def test_compiled_narrow_positions_follow_the_length_and_nothing_is_compiled_anew():
+    model = with_relative_positions("as DeBERTaV3").float()
+    whole = copy.deepcopy(model)
+    narrow_relative_positions(model)
+    compiled, graphs = torch.compile(model, backend="aot_eager"), []
+    torch._dynamo.reset()
+    counters.clear()
+    for tokens in (12, 10, 30, 5, 16, 17, 12):
+        ids = torch.arange(3, 3 + 2 * tokens).view(2, tokens) % 40
+        torch.testing.assert_close(compiled(ids).logits, whole(ids).logits)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert not counters["graph_break"]
+    assert graphs[1] == graphs[-1]  # the second length makes the first one a variable
 
 
 # --- the penalty --------------------------------------------------------------------------------------------
