@@ -33,13 +33,13 @@ def posterior_sigma(h: Tensor, ess: float, delta: float, out: Tensor | None = No
     return torch.add(h, delta, out=out).mul_(ess).rsqrt_()
 
 
-def update_hessian_(h: Tensor, h_hat: Tensor, precision: Tensor, beta2: float) -> None:
+def update_hessian_(h: Tensor, excess: Tensor, precision: Tensor, beta2: float) -> None:
     """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ): positive whatever ĥ is. Source: [S] algorithm 1.
 
-    `precision` is h + δ; all are of one shape. The memory of ĥ is used up.
+    `excess` is h − ĥ, `precision` h + δ; all are of one shape. The memory of the excess is used up.
     """
-    change = h_hat.sub_(h).mul_(1 - beta2)  # (1 − β2)(ĥ − h)
-    h.add_(change).addcdiv_(change.square_(), precision, value=0.5)
+    h.sub_(excess, alpha=1 - beta2)
+    h.addcdiv_(excess.square_(), precision, value=0.5 * (1 - beta2) ** 2)
 
 
 def update_mean_(
@@ -61,7 +61,7 @@ class Flat:
     """
 
     def __init__(self, params: list[Tensor], states: list[dict[str, Tensor]]):
-        self.params = params
+        self.params, self.shapes = params, [p.shape for p in params]
         self.g, self.h = (flatten([state[name] for state in states]).clone() for name in ("g", "h"))
         self.m, self.theta = torch.empty_like(self.g), torch.empty_like(self.g)
         self.spare: list[Tensor] = []  # deviations of draws that were stepped on
@@ -73,8 +73,9 @@ class Flat:
     def holds(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
         """Whether these are the parameters, and their states still the views (not loaded or replaced)."""
         held = [*self.params, *self.g_views, *self.h_views]
-        asked = [*params, *(state["g"] for state in states), *(state["h"] for state in states)]
-        return len(held) == len(asked) and all(map(is_, held, asked))
+        asked = [*params, *(state.get("g") for state in states), *(state.get("h") for state in states)]
+        same = len(held) == len(asked) and all(map(is_, held, asked))
+        return same and self.shapes == [p.shape for p in params]
 
 
 class IVON(torch.optim.Optimizer):
@@ -163,7 +164,8 @@ class IVON(torch.optim.Optimizer):
         if self._sampled:
             raise RuntimeError("sampled_params cannot be entered inside another sampled_params block")
         flats, draw = [], []
-        trained = [p for _, params in self._buckets() for p in params] if train else []
+        groups = self.param_groups if train else []
+        trained = [p for group in groups for p in group["params"] if p.requires_grad]
         before = [p.grad for p in trained]
         self._sampled = True
         try:
@@ -262,10 +264,9 @@ class IVON(torch.optim.Optimizer):
             params = [p for p in bucket if p.numel()]  # nothing is left of some
             if not params:
                 continue
-            states = [self._state(p, group) for p in params]
             key = (id(group), params[0].device, params[0].dtype)
-            if key not in self._flats or not self._flats[key].holds(params, states):
-                self._flats[key] = Flat(params, states)
+            if key not in self._flats or not self._flats[key].holds(params, [self.state[p] for p in params]):
+                self._flats[key] = Flat(params, [self._state(p, group) for p in params])
             yield group, self._flats[key]
 
     @torch.no_grad()
@@ -325,9 +326,8 @@ class IVON(torch.optim.Optimizer):
         delta, beta1, price = group["weight_decay"], group["beta1"], group["hess_approx"] == "price"
         draws = [self._of(draw, flat) for draw in self._draws]
         # Processes that reduce together have to agree on the parameters, whichever got a gradient here.
-        absent = (
-            [] if self.sync else [i for i in range(len(flat.params)) if all(g[i] is None for g, _ in draws)]
-        )
+        given = [] if self.sync else zip(*(grads for grads, _ in draws), strict=True)
+        absent = [i for i, g in enumerate(given) if g[0] is None and all(x is None for x in g)]
         untouched = [x for i in absent for x in (flat.params[i], flat.g_views[i], flat.h_views[i])]
         kept = [x.clone() for x in untouched]
 
@@ -337,11 +337,14 @@ class IVON(torch.optim.Optimizer):
         grads = draws[0][0] if alone else list(unflatten(g_hat.clone(), flat.params))
         for i in absent:
             grads[i] = None
-        # ĥ = ĝ·(θ − m)/σ², Price's (or Stein's) identity for one draw, with 1/σ² = ess·(h + δ); or ess·ĝ².
-        h_hat = (product.mul_(precision) if price else product).mul_(group["ess"])
         flat.g.lerp_(g_hat, 1 - beta1)  # g ← β1 g + (1 − β1) ĝ
-        update_hessian_(flat.h, h_hat, precision, group["beta2"])
-        precision = torch.add(flat.h, delta, out=h_hat)
+        # ĥ = ĝ·(θ − m)/σ², Price's (or Stein's) identity for one draw, with 1/σ² = ess·(h + δ); or ess·ĝ².
+        if price:
+            excess = torch.addcmul(flat.h, product, precision, value=-group["ess"], out=product)
+        else:
+            excess = torch.sub(flat.h, product, alpha=group["ess"], out=product)
+        update_hessian_(flat.h, excess, precision, group["beta2"])
+        precision = torch.add(flat.h, delta, out=excess)
         torch._foreach_copy_(flat.m_views, flat.params)
         bias = 1 - beta1 ** group["step"] if group["debias"] else 1
         alpha = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1)
