@@ -390,10 +390,16 @@ def test_with_bf16_the_backbone_computes_in_bfloat16_and_all_that_is_trained_in_
     assert again["matthews_correlation"] == best["matthews_correlation"]
 
 
+@pytest.mark.parametrize("architecture", ["bert", "deberta"])
 def test_a_compiled_run_is_the_same_run_and_only_the_cut_compiles_it_anew(
-    bert: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    request: pytest.FixtureRequest,
+    glue_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     """With dynamo and the derivatives' tracer, but no code generator: what it could not follow would show."""
+    model = request.getfixturevalue(architecture)
     compiled, graphs, eager = torch.compile, [], run_glue.learning_rate
 
     def count(*args: float) -> float:
@@ -404,14 +410,14 @@ def test_a_compiled_run_is_the_same_run_and_only_the_cut_compiles_it_anew(
     monkeypatch.setattr(run_glue, "learning_rate", count)
     counters.clear()
     more = ["--eval_every", "24", "--batch_size", "6", "--tinit", "5", "--tfinal", "8", "--delta_t", "1"]
-    assert main([*command(bert, glue_folder, tmp_path / "run", "--compile"), *more]) == 0
+    assert main([*command(model, glue_folder, tmp_path / "run", "--compile"), *more]) == 0
     assert not counters["graph_break"]
     assert graphs[3] > 0
     # Four batches an epoch. The first epochs see new lengths; then nothing is new until T − t_f = 16.
     assert graphs[8] == graphs[16] < graphs[17]
     assert graphs[20] == graphs[23]
     monkeypatch.undo()
-    assert main([*command(bert, glue_folder, tmp_path / "plain"), *more]) == 0
+    assert main([*command(model, glue_folder, tmp_path / "plain"), *more]) == 0
     for ours, plain in zip(read(tmp_path / "run")[2], read(tmp_path / "plain")[2], strict=True):
         if "loss" in ours:
             assert ours["loss"] == pytest.approx(plain["loss"], rel=0.2)  # dropout draws differ
