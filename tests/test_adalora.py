@@ -592,6 +592,25 @@ def test_narrowed_relative_positions_change_neither_logits_nor_gradients(how: st
             torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-14)
 
 
+def test_over_100_steps_narrowed_positions_train_what_whole_ones_do():
+    whole = with_relative_positions("as DeBERTaV3")
+    narrow, embeddings = copy.deepcopy(whole), whole.deberta.encoder.rel_embeddings.weight
+    start = embeddings.detach().clone()
+    narrow_relative_positions(narrow)
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=3e-3) for model in (narrow, whole)]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        tokens = int(torch.randint(1, 40, (), generator=generator))
+        ids = torch.randint(3, 40, (4, tokens), generator=generator)
+        for model, optimizer in zip((narrow, whole), optimizers, strict=True):
+            optimizer.zero_grad()
+            F.cross_entropy(model(ids).logits, (ids[:, -1] > ids[:, 0]).long()).backward()
+            optimizer.step()
+    assert (embeddings - start).abs().mean() > 0.01
+    for ours, plain in zip(narrow.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-6, atol=1e-8)
+
+
 def test_an_adapted_query_is_asked_for_no_more_positions_than_there_are():
     model, rows = with_relative_positions("as DeBERTaV3").float(), []
     layers = inject(model, TARGETS["deberta-v2"], rank=2, alpha=4)
