@@ -231,7 +231,7 @@ def inject(
     A map that computes y = Wx + b in a way of its own, as quantised ones do, has to be an nn.Linear by
     inheritance; nothing else is asked of it.
 
-    DeBERTa's relative positions are narrowed, too (below), which changes no result.
+    DeBERTa's relative positions are narrowed, too (below). One thread at a time can use the model.
 
     Returns the adapters by module name, in the model's order. Raises ValueError, the model untouched, for a
     target that names no linear map, one whose weight is tied to another's, or a rank that cannot be.
@@ -271,18 +271,18 @@ def inject(
 
 
 def narrow_relative_positions(model: nn.Module) -> None:
-    """Let DeBERTaV2's and V3's attention use no relative positions but those that occur: the same result.
+    """Let DeBERTaV2's and V3's attention use no relative positions but those that occur.
 
     As it is, it multiplies all tokens with the embeddings of all 2k buckets of distances, −k to k − 1 (in V3
     k = 256), and then picks; with adapters on query and key all that has a backward pass, too. But n tokens
-    are less than n apart: 2·min(n, k) buckets do. A second call changes nothing.
+    are less than n apart: 2·min(n, k) buckets do. The result is the same but for which entries dropout hits.
     """
     for module in model.modules():
         if not (hasattr(module, "disentangled_attention_bias") and module.relative_attention):
             continue
-        # From k/2 on buckets are logarithmic. Their numbers are no larger than the distances when the largest
-        # distance is e·k/2 or more.
-        if module.position_buckets < 1 or module.max_relative_positions > 1.5 * module.position_buckets:
+        # From k/2 on buckets are logarithmic. If the largest distance is e·k/2 or more, here with a margin,
+        # no bucket's number is above its distance.
+        if module.max_relative_positions > 1.5 * module.position_buckets:
             module.register_forward_pre_hook(_use_near_positions, with_kwargs=True)
 
 

@@ -38,8 +38,8 @@ def update_hessian_(h: Tensor, excess: Tensor, precision: Tensor, beta2: float) 
 
     `excess` is h − ĥ, `precision` h + δ; all are of one shape. The memory of the excess is used up.
     """
-    h.sub_(excess, alpha=1 - beta2)
-    h.addcdiv_(excess.square_(), precision, value=0.5 * (1 - beta2) ** 2)
+    change = excess.mul_(1 - beta2)
+    h.sub_(change).addcdiv_(change.square_(), precision, value=0.5)
 
 
 def update_mean_(

@@ -56,9 +56,10 @@ def main() -> None:
     task = TASKS[args.task]
     split = task.validation[0]
     data = load_task(args.task, args.data_dir, [split])[split]
-    tokenizer, model = load_model(args.model, len(task.labels) or 1)
+    classes = len(task.labels) or 1
+    tokenizer, model = load_model(args.model, classes)
     if args.deberta_v3_base:
-        model = backbone(12, "cpu", vocabulary=len(tokenizer))
+        model = backbone(12, "cpu", len(tokenizer), classes)
     narrowed = copy.deepcopy(model)
     narrow_relative_positions(narrowed)
     features, labels = tokenize(data, task, tokenizer, task.settings.max_length)

@@ -74,14 +74,14 @@ def operations(step: Callable[[], object]) -> int:
     return counted.total
 
 
-def backbone(layers: int, device: str, vocabulary: int = 200) -> nn.Module:
-    """DeBERTaV3-base's shape but for the vocabulary, frozen but for the head; in training mode."""
+def backbone(layers: int, device: str, vocabulary: int = 200, classes: int = 2) -> nn.Module:
+    """DeBERTaV3-base's shape but for vocabulary and classes, frozen but for the head; in training mode."""
     torch.manual_seed(0)
     config = transformers.DebertaV2Config(
         vocab_size=vocabulary, hidden_size=768, num_hidden_layers=layers, num_attention_heads=12,
         intermediate_size=3072, max_position_embeddings=512, relative_attention=True, position_buckets=256,
         norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
-        position_biased_input=False, type_vocab_size=0, num_labels=2,
+        position_biased_input=False, type_vocab_size=0, num_labels=classes,
     )  # fmt: skip
     model = transformers.DebertaV2ForSequenceClassification(config).to(device)
     model.requires_grad_(False)

@@ -558,6 +558,7 @@ def test_an_unknown_architecture_can_say_which_linear_maps_it_has():
 
 RELATIVE = {  # in transformers' own models: DeBERTaV3's form, and every other way that its configuration has
     "as DeBERTaV3": {"norm_rel_ebd": "layer_norm", "share_att_key": True},
+    "DeBERTaV3's buckets": {"position_buckets": 256, "share_att_key": True},
     "maps of their own": {"share_att_key": False},
     "one direction": {"pos_att_type": ["c2p"], "norm_rel_ebd": "layer_norm"},
     "the other direction": {"pos_att_type": ["p2c"], "share_att_key": True},
@@ -612,13 +613,13 @@ def test_over_100_steps_narrowed_positions_train_what_whole_ones_do():
 
 
 def test_an_adapted_query_is_asked_for_no_more_positions_than_there_are():
-    model, rows = with_relative_positions("as DeBERTaV3").float(), []
+    model, rows = with_relative_positions("DeBERTaV3's buckets").float(), []
     layers = inject(model, TARGETS["deberta-v2"], rank=2, alpha=4)
     query = layers["deberta.encoder.layer.0.attention.self.query_proj"]
     query.register_forward_hook(lambda _module, inputs, _y: rows.append(inputs[0].shape[:2]))
-    for tokens in (5, 40, 9):
+    for tokens in (5, 40, 300, 9):
         model(torch.arange(3, 3 + 2 * tokens).view(2, tokens) % 40)
-    assert rows == [(2, 5), (1, 10), (2, 40), (1, 32), (2, 9), (1, 18)]
+    assert rows == [(2, 5), (1, 10), (2, 40), (1, 80), (2, 300), (1, 512), (2, 9), (1, 18)]
 
 
 @pytest.mark.parametrize(("buckets", "farthest"), [(256, 512), (16, 512), (32, 512), (8, 13), (256, 385)])

@@ -359,6 +359,17 @@ def test_sigma_stays_positive_and_finite_under_adversarial_gradients(dtype: torc
         assert bool(sigma.isfinite().all())
 
 
+def test_an_exploding_gradient_does_not_overflow_the_hessian():
+    p = nn.Parameter(torch.zeros(3))
+    opt = IVON([p], lr=0.1, ess=1e10, beta2=0.99999, hess_approx="gradsq")
+    with opt.sampled_params(train=True):
+        p.grad = torch.full((3,), 1e5)  # ĥ = 1e20, whose square is not a float32
+    opt.step()
+    torch.testing.assert_close(
+        opt.state[p]["h"], torch.full((3,), 0.5 * (1e-5 * 1e20) ** 2), rtol=1e-3, atol=0
+    )
+
+
 # --- the draws ----------------------------------------------------------------------------------------------
 
 

@@ -183,6 +183,25 @@ def test_the_baselines_train_and_are_saved_whole(
         assert any("word_embeddings" in name for name in moved)
 
 
+@pytest.mark.parametrize("method", ["adalora", "lora", "full"])
+def test_deberta_computes_with_no_more_relative_positions_than_occur(
+    method: str, deberta: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    build, rows = run_glue.adapted_model, []
+
+    def watched(*args: object) -> run_glue.Adapted:
+        adapted = build(*args)
+        key = adapted.model.deberta.encoder.layer[1].attention.self.key_proj
+        key.register_forward_pre_hook(lambda _module, inputs: rows.append(inputs[0].shape[:2]))
+        return adapted
+
+    monkeypatch.setattr(run_glue, "adapted_model", watched)
+    assert main(command(deberta, glue_folder, tmp_path / "run", "--method", method, "--max_length", "6")) == 0
+    assert rows
+    for (_, tokens), positions in zip(rows[::2], rows[1::2], strict=True):
+        assert positions == (1, 2 * tokens) < (1, 16)
+
+
 def test_lora_of_rank_2_on_deberta_v3_base_has_the_papers_number_of_parameters():
     with torch.device("meta"):
         model = transformers.DebertaV2ForSequenceClassification(
