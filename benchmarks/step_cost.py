@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).resolve().parent.parent
 RANK, ALPHA, GAMMA = 3, 32, 0.1
-OPTIMIZER_STEPS, PAIRS = 100, 5  # timed steps of IVON in a process; pairs of processes, with --peers
+OPTIMIZER_STEPS, PAIRS = 300, 5  # timed steps of IVON in a process; pairs of processes, with --peers
 TARGETS = (
     "query_proj",
     "key_proj",
