@@ -1,196 +1,72 @@
-"""Low-rank adapters, SVD-parameterised (AdaLoRA) and plain (LoRA): injection and orthogonality penalty.
+"""Low-rank adapters, SVD-parameterised (AdaLoRA) and plain (LoRA): injection, penalty, taking triplets out.
 
-    layers = inject(model, TARGETS["deberta-v2"], rank=3, alpha=32)     # {module name: SVDLinear}
+    layers = inject(model, ["query", "value"], rank=3, alpha=32)     # {module name: SVDLinear}
     loss = task_loss + gamma * orthogonality_penalty(layers)
+
+fused.py has the same forward pass and penalty in fewer operations.
 
 [A] Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023.
 [H] Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-# The six linear maps of an encoder layer, by the architecture's name in its config.json.
-_BERT = ("query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense")
-TARGETS = {
-    "deberta-v2": ("query_proj", "key_proj", "value_proj", *_BERT[3:]),  # DeBERTaV3 too
-    "bert": _BERT,
-    "roberta": _BERT,
-    "distilbert": ("q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"),
-}
-# Parts of a model behind the encoder: usually new, trained as they are.
+# Parts of a model behind the encoder: usually new, trained as they are, never adapted.
 HEADS = {"pooler", "classifier", "pre_classifier", "classification_head", "logits_proj", "sequence_summary"}
 HEADS |= {"score", "lm_head", "cls", "qa_outputs"}
 
 
-class AddLowRank(torch.autograd.Function):
-    """y = x Wᵀ + b + (x Aᵀ) Bᵀ with W and b frozen: two operations more than the frozen map's, and four more
-    in the backward pass. Shapes: x (n, d_in), W (d_out, d_in), B (d_out, r), A (r, d_in).
-
-    `Bt` is Bᵀ without a gradient. Factors of r rows make faster products than those of r columns: u is A xᵀ,
-    and Bt is best laid out row by row.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, W: Tensor, b: Tensor | None, B: Tensor, A: Tensor, Bt: Tensor) -> Tensor:
-        u = A @ x.T
-        ctx.save_for_backward(x, W, A, Bt, u)
-        return F.linear(x, W, b).addmm_(u.T, Bt)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        x, W, A, Bt, u = ctx.saved_tensors
-        grad_u = Bt @ grad_y.T
-        grad_x = (grad_y @ W).addmm_(grad_u.T, A) if ctx.needs_input_grad[0] else None
-        return grad_x, None, None, (u @ grad_y).T, grad_u @ x, None
-
-
-def add_low_rank(
-    base: nn.Module, x: Tensor, B: Tensor, A: Tensor, dropout: nn.Dropout, Bt: Tensor | None = None
-) -> Tensor:
-    """base(x) + B A x. `Bt` is Bᵀ, if it is at hand row by row."""
-    if (
-        _is_plain(base)
-        and base.weight.dtype == x.dtype == A.dtype
-        and not (dropout.training and dropout.p)
-        and not torch.is_autocast_enabled(x.device.type)
-    ):
-        Bt = B.detach().T if Bt is None else Bt
-        y = AddLowRank.apply(x.reshape(-1, base.in_features), base.weight, base.bias, B, A, Bt)
-        return y.view(*x.shape[:-1], base.out_features)
-    # Any other base (quantised, of a lower precision, with hooks, not frozen), dropout, or autocast, in which
-    # the adapter keeps its precision.
-    y = base(x)
+def add_low_rank(layer: nn.Module, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
+    """base(x) + B A x, the product in the adapter's precision whatever the base's is, also under autocast."""
+    y = layer.base(x)
     with torch.autocast(x.device.type, enabled=False):
-        return y + F.linear(F.linear(dropout(x).to(A.dtype), A), B).to(y.dtype)
+        return y + F.linear(F.linear(layer.dropout(x).to(A.dtype), A), B).to(y.dtype)
 
 
-def _is_plain(base: nn.Module) -> bool:
-    """Whether base(x) is x Wᵀ + b with W and b frozen, and nothing else happens when it is called."""
-    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
-    frozen = not any(p.requires_grad for p in base.parameters())
-    return type(base) is nn.Linear and frozen and not any(hooks) and "forward" not in base.__dict__
-
-
-def _replace(p: nn.Parameter, new: Tensor) -> None:
-    """Give a parameter other data, of another shape perhaps. Its gradient goes."""
-    p.grad = None
-    # While a graph of p is held, autograd keeps p's old shape; a change of type makes it forget.
-    p.data = new.to(torch.float32 if new.dtype == torch.float16 else torch.float16)
-    p.data = new
-
-
-class Scaled(NamedTuple):
-    """s·P Λ, (d_out, r), and its transpose, which has no gradient and is laid out row by row."""
-
-    B: Tensor
-    Bt: Tensor
+def merged_weight(layer: nn.Module) -> Tensor:
+    """W + ΔW, differentiable: for modules that read a map's weight instead of calling it."""
+    return layer.base.weight + layer.delta().to(layer.base.weight.dtype)
 
 
 class SVDLinear(nn.Module):
-    """y = base(x) + s·P Λ Q x with Λ = diag(λ), s = alpha/r a constant. Source: [A] eq. 3.
+    """y = base(x) + s·P Λ Q x with Λ = diag(λ). Source: [A] eq. 3.
 
-    Shapes: P (d_out, r), lam = λ (r,), Q (r, d_in). P, Q ~ N(0, 0.02²) and λ = 0, so a fresh adapter changes
-    nothing. Once it is decided for good which triplets stay, the others are taken out (`shrink`), or, where
-    that cannot be, held off (`mask`): one that is not `alive` (r,) then contributes nothing and gets no
-    gradient, whatever its entries are.
+    s = alpha/rank is a constant: it does not follow the rank down. Shapes: P (d_out, r), lam = λ (r,),
+    Q (r, d_in). P, Q ~ N(0, 0.02²) and λ = 0, so a fresh adapter changes nothing. Rank 0 is allowed.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        self.base = base
-        self.scaling = alpha / rank if rank else 0.0
-        self.dropout = nn.Dropout(dropout)
-        factory = {"device": base.weight.device, "dtype": torch.float32}
-        self.P = nn.Parameter(torch.empty(base.out_features, rank, **factory).normal_(std=0.02))
-        self.lam = nn.Parameter(torch.zeros(rank, **factory))
-        self.Q = nn.Parameter(torch.empty(rank, base.in_features, **factory).normal_(std=0.02))
-        self.register_buffer("alive", torch.ones(rank, dtype=torch.bool, device=base.weight.device))
-        self.masked = False  # whether any is not alive, known without asking the device
-        self.scaled: Scaled | None = None  # in a forward pass of the model (`ScaleTogether`)
+        self.base, self.scaling, self.dropout = base, alpha / max(rank, 1), nn.Dropout(dropout)
+        beside = {"device": base.weight.device, "dtype": torch.float32}
+        self.P = nn.Parameter(torch.empty(base.out_features, rank, **beside).normal_(std=0.02))
+        self.lam = nn.Parameter(torch.zeros(rank, **beside))
+        self.Q = nn.Parameter(torch.empty(rank, base.in_features, **beside).normal_(std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.lam.numel():
-            return self.base(x)
-        wanted = torch.is_grad_enabled() and (self.P.requires_grad or self.lam.requires_grad)
-        usable = self.scaled is not None and self.scaled.B.requires_grad == wanted
-        B, Bt = self.scaled if usable else ScaleTogether.scale([self])[0]
-        return add_low_rank(self.base, x, B, self.Q, self.dropout, Bt)
+        return add_low_rank(self, x, self.scaling * self.P * self.lam, self.Q)
 
     def delta(self) -> Tensor:
         """s·P Λ Q, what the adapter adds to the base's weight: (d_out, d_in)."""
-        return ScaleTogether.scale([self])[0].B @ self.Q
+        return self.scaling * self.P * self.lam @ self.Q
 
-    def mask(self, alive: Tensor) -> None:
-        """Hold all others off."""
-        self.alive.copy_(alive)
-        self.masked = not bool(alive.all())
-
-    @torch.no_grad()
-    def shrink(self, alive: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Take the others out of P, λ and Q, of their gradients, and of the optimizer's state of them."""
-        index = alive.nonzero().squeeze(1)
-        for p, dim in ((self.P, 1), (self.lam, 0), (self.Q, 0)):
-            state = optimizer.state[p]
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.shape == p.shape:
-                    state[key] = value.index_select(dim, index)
-            grad = p.grad
-            _replace(p, p.data.index_select(dim, index))
-            p.grad = None if grad is None else grad.index_select(dim, index)
-        self.alive = self.alive[index]
+    rank = property(lambda self: self.lam.numel())
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
+    weight, bias = property(merged_weight), property(lambda self: self.base.bias)
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: object) -> None:
-        """A saved adapter may have been shrunk, or masked."""
-        if (lam := state_dict.get(f"{prefix}lam")) is not None and lam.shape != self.lam.shape:
-            for p, dim in ((self.P, 1), (self.lam, 0), (self.Q, 0)):
-                shape = list(p.shape)
-                shape[dim] = len(lam)
-                _replace(p, p.data.new_empty(shape))
-            self.alive = self.alive.new_ones(len(lam))
+        """A saved adapter may have fewer triplets."""
+        lam = state_dict.get(f"{prefix}lam", self.lam)
+        if lam.ndim == 1 and len(lam) != self.rank:
+            replace_data_(self.P, self.P.data.new_empty(self.P.shape[0], len(lam)))
+            replace_data_(self.lam, self.lam.data.new_empty(len(lam)))
+            replace_data_(self.Q, self.Q.data.new_empty(len(lam), self.Q.shape[1]))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.masked = not bool(self.alive.all())
-
-
-class ScaleTogether:
-    """Hooks of a model: for the length of its forward pass each adapter has its `Scaled`, made for all of one
-    shape by a few operations. An adapter that is called alone makes its own, and so do all of a transformers
-    model that checkpoints activations, which calls them again outside of its forward pass.
-    """
-
-    def __init__(self, layers: Iterable[SVDLinear]):
-        self.layers = list(layers)
-
-    def before(self, model: nn.Module, _inputs: tuple) -> None:
-        self.after()  # what an interrupted pass has left
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-            return
-        by_shape = defaultdict(list)
-        for layer in self.layers:
-            by_shape[layer.P.shape, layer.P.dtype, layer.P.device, layer.scaling].append(layer)
-        for same in by_shape.values():
-            for layer, scaled in zip(same, self.scale(same), strict=True):
-                layer.scaled = scaled
-
-    def after(self, *_: object) -> None:
-        for layer in self.layers:
-            layer.scaled = None
-
-    @staticmethod
-    def scale(same: list[SVDLinear]) -> list[Scaled]:
-        """Of adapters of one shape and one s."""
-        lam = torch.stack([layer.lam for layer in same])
-        if any(layer.masked for layer in same):
-            lam = lam * torch.stack([layer.alive for layer in same])
-        B = torch.stack([layer.P for layer in same]) * (same[0].scaling * lam).unsqueeze(1)
-        return list(map(Scaled, B.unbind(), B.detach().mT.contiguous().unbind()))
 
 
 class LoRALinear(nn.Module):
@@ -198,162 +74,179 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        self.base = base
-        self.scaling = alpha / rank
-        self.dropout = nn.Dropout(dropout)
-        factory = {"device": base.weight.device, "dtype": torch.float32}
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **factory))
-        self.A = nn.Parameter(torch.empty(rank, base.in_features, **factory))
+        self.base, self.scaling, self.dropout = base, alpha / rank, nn.Dropout(dropout)
+        beside = {"device": base.weight.device, "dtype": torch.float32}
+        self.B = nn.Parameter(torch.zeros(base.out_features, rank, **beside))
+        self.A = nn.Parameter(torch.empty(rank, base.in_features, **beside))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)  # as the authors' code; the paper says Gaussian
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_low_rank(self.base, x, self.scaling * self.B, self.A, self.dropout)
+        return add_low_rank(self, x, self.scaling * self.B, self.A)
 
     def delta(self) -> Tensor:
         """s·B A, what the adapter adds to the base's weight: (d_out, d_in)."""
         return self.scaling * self.B @ self.A
 
+    rank = property(lambda self: self.A.shape[0])
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
+    weight, bias = property(merged_weight), property(lambda self: self.base.bias)
+
 
 KINDS = {"svd": SVDLinear, "lora": LoRALinear}
+
+
+# ---- injection -----------------------------------------------------------------------------------------
 
 
 def inject(
     model: nn.Module, targets: Iterable[str], rank: int, alpha: float, dropout: float = 0.0, kind: str = "svd"
 ) -> dict[str, nn.Module]:
-    """Freeze `model` and put a trainable adapter around each linear map of the encoder in `targets`.
+    """Freeze `model` and put a trainable adapter around each linear map in `targets`, heads excepted.
 
     Args:
-        targets: ends of module names, whole dotted parts ("output.dense" is not "pooler.dense"); TARGETS has
-            those of the known architectures.
+        targets: ends of module names, whole dotted parts ("output.dense" is not "pooler.dense").
         rank: r at the start; 0, for "svd" alone, gives adapters with nothing in them.
+        dropout: of the adapter's input.
         kind: "svd" or "lora".
 
-    A map that computes y = Wx + b in a way of its own, as quantised ones do, has to be an nn.Linear by
-    inheritance; nothing else is asked of it.
-
-    DeBERTa's relative positions are narrowed, too (below). One thread at a time can use the model.
-
-    Returns the adapters by module name, in the model's order. Raises ValueError, the model untouched, for a
-    target that names no linear map, one whose weight is tied to another's, or a rank that cannot be.
+    Adapters work on any `nn.Linear`, subclasses included. Returns them by module name, in the model's order.
+    Raises ValueError, the model untouched, for a target that names no linear map, one whose weight is tied
+    to another's, a model that has adapters already, or a rank that cannot be.
     """
-    if rank < (kind == "lora"):
-        raise ValueError(f"{kind} adapters cannot have rank {rank}")
-    targets = tuple(targets)
-    found, missed = {}, set(targets)
-    for name, module in model.named_modules():
-        if HEADS.isdisjoint(name.split(".")):
-            matches = [target for target in targets if f".{name}".endswith(f".{target}")]
-            if matches and not isinstance(module, nn.Linear):
-                raise ValueError(f"{name} is a {type(module).__name__}; adapters go around nn.Linear alone")
-            if matches:
-                found[name] = module
-            missed.difference_update(matches)
-    if missed or not targets:
-        missing = ", ".join(sorted(missed)) or "nothing"
-        raise ValueError(f"no linear map is called {missing}; this model has {', '.join(linear_maps(model))}")
-    owners = defaultdict(list)
-    for name, p in model.named_parameters(remove_duplicate=False):
-        owners[p].append(name)
-    for name, base in found.items():
-        for other in sorted({*owners[base.weight]} - {f"{name}.weight"}):
-            raise ValueError(f"{name} is tied to {other}: an adapter around one of them would be wrong")
+    if kind not in KINDS or rank < (kind == "lora"):
+        raise ValueError(f"{kind} adapters cannot have rank {rank}; there are {' and '.join(KINDS)}")
+    if isinstance(targets, str):
+        raise ValueError(f"targets is a list of names: [{targets!r}]")
+    if any(isinstance(module, (SVDLinear, LoRALinear)) for module in model.modules()):
+        raise ValueError("the model has adapters already: name all targets in one call")
+    found = find_targets(model, list(targets))
     model.requires_grad_(False)
     layers = {name: KINDS[kind](base, rank, alpha, dropout) for name, base in found.items()}
     for name, layer in layers.items():
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer)
-    if kind == "svd":
-        together = ScaleTogether(layers.values())
-        model.register_forward_pre_hook(together.before)
-        model.register_forward_hook(together.after, always_call=True)
-    narrow_relative_positions(model)
     return layers
 
 
-def narrow_relative_positions(model: nn.Module) -> None:
-    """Let DeBERTaV2's and V3's attention use no relative positions but those that occur.
-
-    As it is, it multiplies all tokens with the embeddings of all 2k buckets of distances, −k to k − 1 (in V3
-    k = 256), and then picks; with adapters on query and key all that has a backward pass, too. But n tokens
-    are less than n apart: 2·min(n, k) buckets do. The result is the same but for which entries dropout hits.
-    """
-    for module in model.modules():
-        if not (hasattr(module, "disentangled_attention_bias") and module.relative_attention):
+def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
+    """The linear maps that `targets` name, heads excepted. Raises ValueError as `inject` does."""
+    found, missed = {}, set(targets)
+    for name, module in model.named_modules():
+        matches = [target for target in targets if f".{name}".endswith(f".{target}")]
+        if not matches or _in_head(name):
             continue
-        # From k/2 on buckets are logarithmic. If the largest distance is e·k/2 or more, here with a margin,
-        # no bucket's number is above its distance.
-        if module.max_relative_positions > 1.5 * module.position_buckets:
-            module.register_forward_pre_hook(_use_near_positions, with_kwargs=True)
-
-
-def _use_near_positions(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """Of the embeddings (2k, d) those of buckets −n to n − 1."""
-    embeddings = kwargs["rel_embeddings"]
-    k = len(embeddings) // 2
-    n = min(args[0].shape[1], k)  # tokens (batch, n, d)
-    attention.pos_ebd_size = n
-    return args, kwargs | {"rel_embeddings": embeddings[k - n : k + n]}
+        if not isinstance(module, nn.Linear):
+            raise ValueError(f"{name} is a {type(module).__name__}; adapters go around nn.Linear alone")
+        found[name] = module
+        missed.difference_update(matches)
+    if heads := sorted(target for target in missed if _in_head(target)):
+        raise ValueError(f"{heads[0]} is part of the head, which is trained as it is: leave it out")
+    if missed or not targets:
+        missing, there = ", ".join(sorted(missed)) or "nothing", ", ".join(linear_maps(model))
+        kinds = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "weight")})
+        there = there or f"no nn.Linear to adapt, but {', '.join(kinds)}"
+        raise ValueError(f"no linear map is called {missing}; this model has {there}")
+    for name, base in found.items():
+        if others := _tied(model, base) - {f"{name}.weight"}:
+            raise ValueError(f"{name} is tied to {min(others)}: an adapter around one of them would be wrong")
+    return found
 
 
 def linear_maps(model: nn.Module) -> list[str]:
-    """What `targets` can be: names of linear maps outside the heads, without the layer they are in."""
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    inside = [name for name in names if HEADS.isdisjoint(name.split("."))]
+    """What `targets` can be: names of linear maps without the layer they are in; no heads, nothing tied."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not _in_head(name) and len(_tied(model, module)) == 1
+    ]
     # After the last number: "encoder.layer.3.attention.self.key" → "attention.self.key".
-    return sorted({".".join(_after_last_number(name.split("."))) for name in inside})
+    return sorted({place(name)[1] for name in names})
 
 
-def _after_last_number(parts: list[str]) -> list[str]:
+def place(name: str) -> tuple[str, str]:
+    """A module's layer (the last number in its name, or "") and its name within the layer."""
+    parts = name.split(".")
     last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
-    return parts[last + 1 :]
+    return (parts[last] if last >= 0 else ""), ".".join(parts[last + 1 :])
 
 
-def orthogonality_penalty(layers: Mapping[str, SVDLinear], squared: bool = False) -> Tensor:
-    """How far P's columns and Q's rows are from orthonormal: a scalar.
+def _in_head(name: str) -> bool:
+    return not HEADS.isdisjoint(name.split("."))
+
+
+def _tied(model: nn.Module, module: nn.Module) -> set[str]:
+    """All names of a map's weight."""
+    everywhere = model.named_parameters(remove_duplicate=False)
+    return {name for name, p in everywhere if p is module.weight}
+
+
+# ---- the penalty ---------------------------------------------------------------------------------------
+
+
+def orthogonality_penalty(layers: Mapping[str, nn.Module], squared: bool = False) -> Tensor:
+    """R(P, Q): how far P's columns and Q's rows are from orthonormal, a scalar.
 
     The mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all P and Q, as in the authors' code, for which the published
-    γ are meant; with `squared` the sum of their squares, as the paper writes it ([A] eq. 4). Triplets that
-    are no longer alive are left out of P, Q and I. The norm's gradient at an orthonormal matrix is 0.
+    γ are meant; with `squared` the sum of their squares, as the paper writes it ([A] eq. 4). The norm's
+    gradient at an orthonormal matrix is 0.
     """
-    norms = torch.cat([torch.linalg.vector_norm(E, dim=(1, 2)) for _, _, E in _gram_errors(layers)])
+    norms = []
+    for layer in layers.values():
+        I = torch.eye(layer.rank, dtype=layer.P.dtype, device=layer.P.device)
+        norms += [torch.linalg.vector_norm(E) for E in (layer.P.T @ layer.P - I, layer.Q @ layer.Q.T - I)]
+    norms = torch.stack(norms)
     return norms.square().sum() if squared else norms.mean()
 
 
+def add_penalty_gradients(layers: Mapping[str, nn.Module], gamma: float, squared: bool = False) -> None:
+    """γ·R(P, Q) backward. Adapters without P and Q, or γ = 0, have no penalty: then nothing happens."""
+    svd = {name: layer for name, layer in layers.items() if isinstance(layer, SVDLinear)}
+    if svd and gamma:
+        (gamma * orthogonality_penalty(svd, squared)).backward()
+
+
+# ---- taking triplets out -------------------------------------------------------------------------------
+
+
 @torch.no_grad()
-def add_penalty_gradients(layers: Mapping[str, SVDLinear], gamma: float, squared: bool = False) -> None:
-    """`(gamma * orthogonality_penalty(layers, squared)).backward()` in a handful of batched products.
+def take_out(
+    layers: Mapping[str, SVDLinear], kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Cut P, λ and Q, their gradients and the optimizer's state of them down to the triplets that are kept.
 
-    With E = PᵀP − I the gradient of ‖E‖² is 4PE, and that of ‖E‖ is 2PE/‖E‖; with E = QQᵀ − I, EQ for PE.
+    Args:
+        kept: bool masks by adapter, (r,) each.
+
+    Raises ValueError, nothing being cut, where the optimizer has state of another shape than its parameter.
     """
-    params, grads = [], []
-    for same, X, E in _gram_errors(layers):
-        if not squared:
-            tiny = torch.finfo(E.dtype).tiny  # where E is 0, its quotient is
-            E = E / torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True).clamp_min(tiny)
-        params += same
-        grads += (X @ E if E.shape[-1] == X.shape[-1] else E @ X).unbind()
-    alpha = gamma * (4 if squared else 2 / max(len(params), 1))
-    moving = [(p, grad) for p, grad in zip(params, grads, strict=True) if p.requires_grad]
-    for p, _ in moving:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if moving:
-        torch._foreach_add_([p.grad for p, _ in moving], [grad for _, grad in moving], alpha=alpha)
+    check_state_can_be_cut(layers, optimizer)
+    for name, layer in layers.items():
+        index = kept[name].nonzero().squeeze(1)
+        for p, dim in ((layer.P, 1), (layer.lam, 0), (layer.Q, 0)):
+            state, grad = optimizer.state.get(p, {}), p.grad
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.shape == p.shape:
+                    state[key] = value.index_select(dim, index)
+            replace_data_(p, p.data.index_select(dim, index))
+            p.grad = None if grad is None else grad.index_select(dim, index)
 
 
-def _gram_errors(layers: Mapping[str, SVDLinear]) -> Iterator[tuple[list[Tensor], Tensor, Tensor]]:
-    """All P and all Q, shape by shape: as a list, as X (n, d, r) or (n, r, d), and XᵀX − I or XXᵀ − I."""
-    for part in ("P", "Q"):
-        by_shape = defaultdict(list)
-        for layer in layers.values():
-            p = getattr(layer, part)
-            by_shape[p.shape, p.dtype, p.device, layer.masked].append(layer)
-        for (*_, masked), same in by_shape.items():
-            params = [getattr(layer, part) for layer in same]
-            X = torch.stack(params)
-            r = X.shape[2 if part == "P" else 1]
-            I = torch.eye(r, dtype=X.dtype, device=X.device).expand(len(same), r, r)
-            if masked:
-                alive = torch.stack([layer.alive for layer in same]).to(X)
-                X, I = X * alive.unsqueeze(1 if part == "P" else 2), torch.diag_embed(alive)
-            left, right = (X.mT, X) if part == "P" else (X, X.mT)
-            yield params, X, torch.baddbmm(I, left, right, beta=-1)
+def check_state_can_be_cut(layers: Mapping[str, SVDLinear], optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError where the optimizer has state neither of its parameter's shape nor a number."""
+    for name, layer in layers.items():
+        for p in (layer.P, layer.lam, layer.Q):
+            for key, value in optimizer.state.get(p, {}).items():
+                if torch.is_tensor(value) and value.shape != p.shape and value.numel() != 1:
+                    raise ValueError(
+                        f"triplets of {name} cannot be taken out: the optimizer's {key} is "
+                        f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                    )
+
+
+def replace_data_(p: nn.Parameter, new: Tensor) -> None:
+    """Give a parameter other data, of another shape perhaps. Its gradient goes."""
+    p.grad = None
+    # While a graph of p is held, autograd keeps p's old shape; a change of type makes it forget.
+    p.data = new.to(torch.float32 if new.dtype == torch.float16 else torch.float16)
+    p.data = new

@@ -102,22 +102,37 @@ def triplet_scores(s_P: Tensor, s_lam: Tensor, s_Q: Tensor) -> Tensor:
     return s_lam + s_P.mean(-2) + s_Q.mean(-1)
 
 
-class Score(NamedTuple):
-    """A score's elementwise function, what it needs ("gradient", "sigma" or "nothing") and what it is."""
+def lambda_alone(s_P: Tensor, s_lam: Tensor, s_Q: Tensor) -> Tensor:
+    """S_i = s(λ_i): the singular value decides alone. Source: [A] table 4."""
+    return s_lam
 
-    function: Callable[[Tensor, Tensor], Tensor]
+
+def as_smoothed(theta: Tensor, smoothed: Tensor) -> Tensor:
+    """Ī·Ū as it is: `SensitivityEMA` has computed it from every step's gradient."""
+    return smoothed
+
+
+class Score(NamedTuple):
+    """A row of SCORES.
+
+    elementwise: (θ, what the score needs) → s(θ), of θ's shape.
+    needs: "nothing" (None is given), "sigma" (σ), "gradient" (this step's) or "smoothed" (Ī·Ū).
+    about: for --help.
+    triplet: (s(P), s(λ), s(Q)) → a number for each triplet, shapes as in `triplet_scores`.
+    """
+
+    elementwise: Callable[[Tensor, Tensor], Tensor]
     needs: str
     about: str
+    triplet: Callable[[Tensor, Tensor, Tensor], Tensor] = triplet_scores
 
 
 SCORES = {
-    "sensitivity": Score(
-        sensitivity, "gradient", "smoothed |θ·gradient| times its smoothed deviation (AdaLoRA)"
-    ),
+    "sensitivity": Score(as_smoothed, "smoothed", "smoothed |θ·gradient| times its smoothed deviation"),
     "snr_abs": Score(snr_abs, "sigma", "signal-to-noise ratio of |θ| under the posterior"),
     "snr": Score(snr, "sigma", "|μ|/σ"),
     "mu": Score(mu, "nothing", "|μ|"),
     "inv_sigma": Score(inv_sigma, "sigma", "1/σ"),
     "raw_sensitivity": Score(sensitivity, "gradient", "|θ·gradient| of the current step"),
-    "lambda": Score(mu, "nothing", "|λ| of the triplet alone"),
+    "lambda": Score(mu, "nothing", "|λ| of the triplet alone", lambda_alone),
 }

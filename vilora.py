@@ -12,203 +12,181 @@
 """
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adalora import SVDLinear
+from adalora import SVDLinear, check_state_can_be_cut, take_out
 from budget import CubicBudget, keep_top
-from scores import SCORES, SensitivityEMA, triplet_scores
+from scores import SCORES, SensitivityEMA
 
 PARTS = ("P", "lam", "Q")
 
 
+class Posterior(Protocol):
+    """What makes a torch optimizer one with a posterior N(μ, σ²) over its parameters.
+
+    If it has `sigmas(params)`, a list of σ in few operations, that is called instead of `sigma` one by one.
+    """
+
+    def sigma(self, param: Tensor) -> Tensor:
+        """σ of a parameter, in its shape, without a graph."""
+
+    def sampled_params(self, train: bool = False) -> AbstractContextManager[None]:
+        """A block in which the parameters are a draw; with `train`, its gradients are what `step` uses."""
+
+
 class RankAllocator:
-    """Scores every triplet and keeps the budget's number of them; the others' λ becomes 0. Source: [A]
-    algorithm 1, [C].
+    """Scores every triplet and keeps the b(t) best of the whole model; the others' λ becomes 0.
 
-    Between two allocations λ keeps its gradient, so a dropped triplet can come back. With the last
-    allocation, at t = T − t_f, the pattern is fixed: the dropped triplets are taken out of P, λ and Q, and of
-    the optimizer's state of them, so that they cost nothing any more. (Without an optimizer whose state can
-    follow they are masked.)
-
-    Adapters of one shape are scored as one stack: n of them give tensors (n, d_out, r), (n, r), (n, r, d_in).
+    Source: [A] algorithm 1, with the scores of [C]. Until the last allocation, at t = T − t_f, λ keeps its
+    gradient, so a dropped triplet can come back; then the dropped ones are taken out of P, λ, Q and of the
+    optimizer's state of them.
 
     Args:
-        layers: what `inject` returned.
+        layers: SVD adapters by name, as `inject` returns them.
         score: a name in SCORES.
-        optimizer: the adapters' one. Needed by a score that looks at σ, then it has `sigma(param)` as IVON
-            does; and to take dropped triplets out: it then has P, λ and Q, and state of their shapes.
+        optimizer: any torch optimizer over P, λ and Q; a score that needs σ wants a `Posterior`.
         beta1, beta2: of the smoothed sensitivity.
-        track: before each allocation append to `tracked` its "step" and "budget", "scores" (name → every
-            triplet's score, (n,)) for each score in SCORES that can be had here, and "sigma_cv", the
-            coefficient of variation of σ over all entries of P, λ and Q (None if there are none). The
-            tensors stay on their device; whoever reads them empties the list.
+        track: at each allocation leave in `tracked` its "step" and "budget", the "scores" before it by name,
+            as many as can be computed, and "sigma_cv", the coefficient of variation of σ over all entries.
 
-    Raises ValueError for an unknown score, one that cannot be had, or a budget above the number of triplets.
+    Raises ValueError for adapters without P, λ and Q, an unknown score, one that cannot be computed, a budget
+    above the number of triplets, or optimizer state that cannot be cut.
     """
 
     def __init__(
-        self,
-        layers: Mapping[str, SVDLinear],
-        budget: CubicBudget,
-        score: str,
-        optimizer: torch.optim.Optimizer | None = None,
-        beta1: float = 0.85,
-        beta2: float = 0.85,
-        track: bool = False,
-    ):
+        self, layers: Mapping[str, SVDLinear], budget: CubicBudget, score: str,
+        optimizer: torch.optim.Optimizer, beta1: float = 0.85, beta2: float = 0.85, track: bool = False,
+    ):  # fmt: skip
+        if other := [name for name, layer in layers.items() if not isinstance(layer, SVDLinear)]:
+            raise ValueError(
+                f"{other[0]} has no triplets: RankAllocator wants SVDLinear adapters (kind='svd')"
+            )
         if score not in SCORES:
             raise ValueError(f"there is no score called {score}; there are {', '.join(SCORES)}")
-        self.computable = [s for s in SCORES if SCORES[s].needs != "sigma" or hasattr(optimizer, "sigma")]
-        if score not in self.computable:
+        computable = [name for name in SCORES if SCORES[name].needs != "sigma" or hasattr(optimizer, "sigma")]
+        if score not in computable:
             raise ValueError(f"the score {score} needs σ, so an optimizer that has a posterior, such as IVON")
-        triplets = sum(layer.lam.numel() for layer in layers.values())
+        triplets = sum(layer.rank for layer in layers.values())
         if budget.initial > triplets:
-            raise ValueError(
-                f"the budget starts at {budget.initial} triplets, but the adapters have {triplets}"
-            )
+            raise ValueError(f"the budget starts at {budget.initial} triplets; the adapters have {triplets}")
+        check_state_can_be_cut(layers, optimizer)
         self.layers, self.budget, self.score, self.optimizer = layers, budget, score, optimizer
+        self.track = computable if track else []
+        self.tracked: dict | None = None
         self.ema = SensitivityEMA(beta1, beta2)
-        self.followed = self.computable if track else [score]
-        self.track, self.tracked = track, []
-        self.kept = {name: torch.ones_like(layer.alive) for name, layer in layers.items()}
-        # From T − t_f on: each P, λ and Q that is masked, and its mask.
-        self._masked: tuple[list[Tensor], list[Tensor]] | None = None
+        self.smoothing = any(SCORES[name].needs == "smoothed" for name in [score, *self.track])
+        self.kept = {name: torch.ones_like(layer.lam, dtype=torch.bool) for name, layer in layers.items()}
 
     @torch.no_grad()
     def step(self, t: int) -> None:
         """After the optimizer's step of update t (counted from 1), while `p.grad` is still there."""
-        if "sensitivity" in self.followed and t <= self.budget.last_allocation:
-            for group, layers in self._groups().items():
+        if self.smoothing and t <= self.budget.last_allocation:
+            for key, layers in self._same_shape().items():
                 for part in PARTS:
-                    theta, grad = _parameters(layers, part)
-                    self.ema.update((*group, part), torch.stack(theta), torch.stack(grad))
+                    self.ema.update((*key, part), *_stacked(layers, part, grad=True))
         if self.budget.due(t):
-            self._allocate(t)
+            if self.track:
+                self.tracked = {"step": t, "budget": self.budget(t), "scores": self.scores(self.track)}
+                self.tracked["sigma_cv"] = self._sigma_variation()
+            S, lam = self.scores([self.score])[self.score], [layer.lam for layer in self.layers.values()]
+            kept = keep_top(S, self.budget(t)).split([x.numel() for x in lam])
+            kept = [mask.to(x.device) for mask, x in zip(kept, lam, strict=True)]
+            self.kept = dict(zip(self.layers, kept, strict=True))
+            torch._foreach_mul_(lam, kept)  # the others' λ ← 0
         if t == self.budget.last_allocation:
-            self._fix()
-        if t >= self.budget.last_allocation:
-            self._hold_masked_at_zero()
-
-    def ranks(self) -> dict[str, int]:
-        """How many triplets of each adapter the last allocation kept (before the first: all)."""
-        return {name: int(kept.sum()) for name, kept in self.kept.items()}
+            take_out(self.layers, self.kept, self.optimizer)
 
     @torch.no_grad()
-    def triplet_scores(self) -> dict[str, Tensor]:
-        """Every triplet's score now, (r,) by adapter. KeyError for sensitivity after the last allocation."""
-        S = self._scores([self.score])[self.score]
-        return dict(zip(self.layers, S.split(self._sizes()), strict=True))
+    def scores(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Every triplet's score now, (n,) by name of the score; triplets in the order of the adapters.
 
-    def state_dict(self) -> dict:
-        return {"ema": self.ema.state_dict(), "kept": dict(self.kept)}
+        KeyError for the smoothed sensitivity where no step has followed it.
+        """
+        found = {}
+        for name in names:
+            of_layer = {}
+            for key, layers in self._same_shape().items():  # scored as one stack: (n, d_out, r), (n, r), …
+                s = [self._elementwise(name, (*key, part), layers) for part in PARTS]
+                of_layer.update(zip(layers, SCORES[name].triplet(*s), strict=True))
+            S = [of_layer[layer] for layer in self.layers.values()]
+            found[name] = torch.cat([x.to(S[0].device) for x in S])
+        return found
 
-    def load_state_dict(self, state: dict) -> None:
-        self.ema.load_state_dict(state["ema"])
-        for averages in (self.ema.I_bar, self.ema.U_bar):
-            for key, value in averages.items():  # from wherever the state was loaded to
-                averages[key] = value.to(next(iter(self.layers.values())).P.device)
-        for name, kept in self.kept.items():
-            kept.copy_(state["kept"][name])
-        self._masked = None
+    def _elementwise(self, name: str, key: tuple, layers: list[SVDLinear]) -> Tensor:
+        """s(θ) of one part, P, λ or Q, of all adapters of one shape."""
+        needs, part = SCORES[name].needs, key[-1]
+        if needs == "gradient":
+            return SCORES[name].elementwise(*_stacked(layers, part, grad=True))
+        (theta,) = _stacked(layers, part)
+        if needs == "sigma":
+            return SCORES[name].elementwise(theta, torch.stack(self._sigmas(layers, part)))
+        return SCORES[name].elementwise(theta, self.ema.score(key) if needs == "smoothed" else None)
 
-    def _groups(self) -> dict[tuple[int, int, int], list[SVDLinear]]:
-        """The adapters of one shape: (d_out, r, d_in) → them."""
+    def _sigmas(self, layers: list[SVDLinear], part: str) -> list[Tensor]:
+        params = [getattr(layer, part) for layer in layers]
+        together = getattr(self.optimizer, "sigmas", None)
+        return together(params) if together else [self.optimizer.sigma(p) for p in params]
+
+    def _sigma_variation(self) -> Tensor | None:
+        """σ's standard deviation over its mean, over all entries of the adapters; None without σ."""
+        if not hasattr(self.optimizer, "sigma"):
+            return None
+        layers = list(self.layers.values())
+        sigma = torch.cat([x.flatten() for part in PARTS for x in self._sigmas(layers, part)])
+        return sigma.std(correction=0) / sigma.mean() if sigma.numel() else None
+
+    def _same_shape(self) -> dict[tuple[int, int, int], list[SVDLinear]]:
+        """The adapters by shape, (d_out, r, d_in)."""
         groups = defaultdict(list)
         for layer in self.layers.values():
             groups[(*layer.P.shape, layer.Q.shape[1])].append(layer)
         return groups
 
-    def _sizes(self) -> list[int]:
-        return [layer.lam.numel() for layer in self.layers.values()]
+    def ranks(self) -> dict[str, int]:
+        """How many triplets of each adapter the last allocation kept (before the first: all)."""
+        return {name: int(kept.sum()) for name, kept in self.kept.items()}
 
-    def _scores(self, names: list[str]) -> dict[str, Tensor]:
-        """Of each score named, all triplets' in the order of the adapters: (n,)."""
-        of_layer = {}
-        for group, layers in self._groups().items():
-            s_P, s_lam, s_Q = (self._elementwise(group, layers, part, names) for part in PARTS)
-            S = [
-                s_lam[name] if name == "lambda" else triplet_scores(s_P[name], s_lam[name], s_Q[name])
-                for name in names
-            ]
-            of_layer.update(zip(layers, torch.stack(S).unbind(1), strict=True))  # (len(names), r) each
-        S = torch.cat([of_layer[layer] for layer in self.layers.values()], dim=1)
-        return dict(zip(names, S, strict=True))
+    def state_dict(self) -> dict:
+        return {"ema": self.ema.state_dict(), "kept": dict(self.kept)}
 
-    def _elementwise(
-        self, group: tuple[int, int, int], layers: list[SVDLinear], part: str, names: list[str]
-    ) -> dict[str, Tensor]:
-        """s(θ) of one part of all adapters in a group, stacked, of each score named."""
-        params, grads = _parameters(layers, part)
-        needs = {SCORES[name].needs for name in names if name != "sensitivity"}
-        theta, given = torch.stack(params), {"nothing": None}
-        if "gradient" in needs:
-            given["gradient"] = torch.stack(grads)
-        if "sigma" in needs:
-            given["sigma"] = torch.stack(self._sigmas(params))
-        return {
-            name: self.ema.score((*group, part))
-            if name == "sensitivity"
-            else SCORES[name].function(theta, given[SCORES[name].needs])
-            for name in names
-        }
-
-    def _sigmas(self, params: list[Tensor]) -> list[Tensor]:
-        """IVON computes many σ together; sigma() alone is all that is asked of another optimizer."""
-        together = getattr(self.optimizer, "sigmas", None)
-        return together(params) if together else [self.optimizer.sigma(p) for p in params]
-
-    def _allocate(self, t: int) -> None:
-        """Keep the b(t) best triplets of the model and set the others' λ to 0."""
-        scores, b = self._scores(self.followed), self.budget(t)
-        if self.track:
-            self.tracked.append(
-                {"step": t, "budget": b, "scores": scores, "sigma_cv": self._sigma_variation()}
-            )
-        kept = keep_top(scores[self.score], b).split(self._sizes())
-        torch._foreach_copy_(list(self.kept.values()), kept)
-        torch._foreach_mul_([layer.lam for layer in self.layers.values()], kept)
-
-    def _sigma_variation(self) -> Tensor | None:
-        """Standard deviation of σ over its mean, over all entries of the adapters: a scalar."""
-        if not hasattr(self.optimizer, "sigma") or not sum(self._sizes()):
-            return None
-        params = [getattr(layer, part) for layer in self.layers.values() for part in PARTS]
-        sigma = torch.cat([sigma.flatten() for sigma in self._sigmas(params)])
-        return (sigma / sigma.mean()).std(correction=0)
-
-    def _fix(self) -> None:
-        """The pattern is final: what is dropped is taken out, or masked where the optimizer cannot follow."""
-        follows = self._optimizer_follows()
-        for name, layer in self.layers.items():
-            if follows:
-                layer.shrink(self.kept[name], self.optimizer)
-            else:
-                layer.mask(self.kept[name])
-
-    def _optimizer_follows(self) -> bool:
-        """Whether all state of P, λ and Q is known here, in tensors of their shapes (Adafactor's are not)."""
-        groups = getattr(self.optimizer, "param_groups", [])
-        own = {p for group in groups for p in group["params"]}
-        params = [getattr(layer, part) for layer in self.layers.values() for part in PARTS]
-        if not own.issuperset(params):
-            return False
-        states = [(p, value) for p in params for value in self.optimizer.state[p].values()]
-        return all(value.shape in (p.shape, ()) for p, value in states if torch.is_tensor(value))
-
-    def _hold_masked_at_zero(self) -> None:
-        """Momentum and decay must not move what is masked, whatever the optimizer."""
-        if self._masked is None:
-            masked = [(layer, self.kept[name]) for name, layer in self.layers.items() if layer.masked]
-            params = [p for layer, _ in masked for p in (layer.P, layer.lam, layer.Q)]
-            self._masked = params, [mask for _, kept in masked for mask in (kept, kept, kept.unsqueeze(1))]
-        if self._masked[0]:
-            torch._foreach_mul_(*self._masked)
+    def load_state_dict(self, state: dict) -> None:
+        device = next(iter(self.layers.values())).P.device
+        ema = {name: {key: x.to(device) for key, x in of.items()} for name, of in state["ema"].items()}
+        self.ema.load_state_dict(ema)
+        self.kept = {name: kept.to(self.layers[name].P.device) for name, kept in state["kept"].items()}
 
 
-def _parameters(layers: list[SVDLinear], part: str) -> tuple[list[Tensor], list[Tensor]]:
-    """One part ("P", "lam" or "Q") of each adapter, and its gradient (0 where it has none)."""
+class FixedRanks:
+    """RankAllocator's interface for adapters that keep their rank, or for none."""
+
+    tracked = None
+
+    def __init__(self, layers: Mapping[str, nn.Module]):
+        self.layers = layers
+
+    def budget(self, t: int) -> int:
+        return sum(self.ranks().values())
+
+    def step(self, t: int) -> None:
+        """Every adapter keeps its rank."""
+
+    def ranks(self) -> dict[str, int]:
+        return {name: layer.rank for name, layer in self.layers.items()}
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """There is nothing to load."""
+
+
+def _stacked(layers: list[SVDLinear], part: str, grad: bool = False) -> list[Tensor]:
+    """One part of adapters of one shape as a stack; with `grad` its gradient, too (0 where there is none)."""
     params = [getattr(layer, part) for layer in layers]
-    return params, [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params] if grad else None
+    return [torch.stack(tensors) for tensors in (params, grads) if tensors]

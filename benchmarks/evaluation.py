@@ -26,11 +26,10 @@ sys.path.insert(0, str(ROOT))
 
 from step_cost import backbone  # noqa: E402
 
-from adalora import narrow_relative_positions  # noqa: E402
-from glue import TASKS, load_task  # noqa: E402
-from posterior import Split, batched, predict  # noqa: E402
-from run_glue import load_model  # noqa: E402
-from tokens import tokenize  # noqa: E402
+from harness.batches import Split, evaluation_split, tokenize  # noqa: E402
+from harness.encoder import load_encoder, narrow_relative_positions  # noqa: E402
+from harness.glue import TASKS, published  # noqa: E402
+from harness.prediction import predict  # noqa: E402
 
 
 def in_file_order(features: list[dict], labels: torch.Tensor, collate, size: int) -> Split:
@@ -51,24 +50,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     task = TASKS[args.task]
     split = task.validation[0]
-    data = load_task(args.task, args.data_dir, [split])[split]
-    classes = len(task.labels) or 1
-    tokenizer, model = load_model(args.model, classes)
+    data = task.load(args.data_dir, [split])[split]
+    tokenizer, model = load_encoder(args.model, task.outputs)
     if args.deberta_v3_base:
-        model = backbone(12, "cpu", len(tokenizer), classes)
+        model = backbone(12, "cpu", len(tokenizer), task.outputs)
     narrowed = copy.deepcopy(model)
     narrow_relative_positions(narrowed)
-    features, labels = tokenize(data, task, tokenizer, task.settings.max_length)
+    max_length = published(args.task, "adalora", "ivon")["max_length"]
+    features, labels = tokenize(data, task, tokenizer, max_length)
     collate = transformers.DataCollatorWithPadding(tokenizer)
     plain = in_file_order(features, labels, collate, 8)
     ways = {
         "batches of 8 in file order": (model, plain),
         "relative positions narrowed": (narrowed, plain),
-        "and batches of 128 of like length": (narrowed, batched(features, labels, collate, 128)),
+        "and batches of 128 of like length": (narrowed, evaluation_split(features, labels, collate, 128)),
     }
     seconds, predictions = {name: [] for name in ways}, {}
     for _ in range(args.repeats):

@@ -24,6 +24,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,44 +121,62 @@ class Batch:
         return step
 
 
-def ours(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
-    """Name of a row → one step of this code."""
-    sys.path.insert(0, str(ROOT))
-    from adalora import add_penalty_gradients, inject, narrow_relative_positions
+def adapted(args: argparse.Namespace, kind: str = "svd") -> tuple[nn.Module, dict[str, nn.Module]]:
+    """The backbone with narrowed positions and fused adapters, and its layers."""
+    from adalora import inject
+    from fused import fuse
+    from harness.encoder import narrow_relative_positions
+
+    model = backbone(args.layers, args.device)
+    narrow_relative_positions(model)
+    layers = inject(model, TARGETS, RANK, ALPHA, kind=kind)
+    fuse(model, layers)
+    unfreeze_head(model)
+    return model, layers
+
+
+def training(
+    args: argparse.Namespace, batch: Batch, optimizer_name: str, score: str, at: str
+) -> Callable[[], None]:
+    """A whole step: "between" two allocations, at an "allocation", or "after" the last one."""
     from budget import CubicBudget
+    from fused import add_penalty_gradients
     from ivon import IVON
     from vilora import RankAllocator
 
-    batch, n = Batch(args.batch, args.length, args.device, args.bf16), 6 * args.layers
+    model, layers = adapted(args)
+    trained, n = [p for p in model.parameters() if p.requires_grad], 6 * args.layers
+    ivon = optimizer_name == "IVON"
+    optimizer = IVON(trained, 0.1, 8551.0) if ivon else torch.optim.AdamW(trained, fused=True)
+    budget = CubicBudget(RANK * n, 2 * n, 10**9, 2, 5 * 10**8, 1 if at == "allocation" else 10**6)
+    allocator = RankAllocator(layers, budget, score, optimizer)
+    t = 10
+    if at == "after":
+        batch.backward(model)
+        allocator.step(budget.last_allocation)
+        t = budget.last_allocation + 1
+    forward = torch.compile(model) if args.compile else model
 
-    def training(optimizer_name: str, score: str, at: str) -> Callable[[], None]:
-        """A whole step: "between" two allocations, at an "allocation", or "after" the last one."""
-        model = backbone(args.layers, args.device)
-        layers = inject(model, TARGETS, RANK, ALPHA)
-        unfreeze_head(model)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        ivon = optimizer_name == "IVON"
-        optimizer = IVON(trained, 0.1, 8551.0) if ivon else torch.optim.AdamW(trained, fused=True)
-        budget = CubicBudget(RANK * n, 2 * n, 10**9, 2, 5 * 10**8, 1 if at == "allocation" else 10**6)
-        allocator = RankAllocator(layers, budget, score, optimizer)
-        t = 10
-        if at == "after":
-            batch.backward(model)
-            allocator.step(budget.last_allocation)
-            t = budget.last_allocation + 1
-        forward = torch.compile(model) if args.compile else model
+    def step() -> None:
+        nonlocal t
+        with optimizer.sampled_params(train=True) if ivon else nullcontext():
+            batch.backward(forward)
+            add_penalty_gradients(layers, GAMMA)
+        optimizer.step()
+        allocator.step(t)
+        optimizer.zero_grad()
+        t += 1
 
-        def step() -> None:
-            nonlocal t
-            with optimizer.sampled_params(train=True) if ivon else nullcontext():
-                batch.backward(forward)
-                add_penalty_gradients(layers, GAMMA)
-            optimizer.step()
-            allocator.step(t)
-            optimizer.zero_grad()
-            t += 1
+    return step
 
-        return step
+
+def ours(args: argparse.Namespace) -> dict[str, Callable[[], Callable[[], None]]]:
+    """Name of a row → what makes one step of this code."""
+    sys.path.insert(0, str(ROOT))
+    from fused import add_penalty_gradients
+    from harness.encoder import narrow_relative_positions
+
+    batch = Batch(args.batch, args.length, args.device, args.bf16)
 
     def narrowed() -> Callable[[], None]:
         model = backbone(args.layers, args.device)
@@ -165,31 +184,30 @@ def ours(args: argparse.Namespace) -> dict[str, Callable[[], None]]:
         return batch.frozen(model)
 
     def adapters(kind: str) -> Callable[[], None]:
-        model = backbone(args.layers, args.device)
-        layers = inject(model, TARGETS, RANK, ALPHA, kind=kind)
-        unfreeze_head(model)
+        model, layers = adapted(args, kind)
 
         def step() -> None:
             batch.backward(model)
-            if kind == "svd":
-                add_penalty_gradients(layers, GAMMA)
+            add_penalty_gradients(layers, GAMMA)
             model.zero_grad()
 
         return step
 
-    return {
+    rows = {
         "frozen backbone, relative positions narrowed": narrowed,
-        "LoRA, forward + backward": lambda: adapters("lora"),
-        "AdaLoRA, forward + backward + penalty": lambda: adapters("svd"),
-        "IVON + mu, whole step": lambda: training("IVON", "mu", "between"),
-        "IVON + mu, whole step that allocates": lambda: training("IVON", "mu", "allocation"),
-        "IVON + snr, whole step that allocates": lambda: training("IVON", "snr", "allocation"),
-        "IVON + mu, whole step after the last allocation": lambda: training("IVON", "mu", "after"),
-        "AdamW + sensitivity, whole step": lambda: training("AdamW", "sensitivity", "between"),
-        "AdamW + sensitivity, whole step that allocates": lambda: training(
-            "AdamW", "sensitivity", "allocation"
-        ),
+        "LoRA, forward + backward": partial(adapters, "lora"),
+        "AdaLoRA, forward + backward + penalty": partial(adapters, "svd"),
     }
+    for name, optimizer, score, at in (
+        ("IVON + mu, whole step", "IVON", "mu", "between"),
+        ("IVON + mu, whole step that allocates", "IVON", "mu", "allocation"),
+        ("IVON + snr, whole step that allocates", "IVON", "snr", "allocation"),
+        ("IVON + mu, whole step after the last allocation", "IVON", "mu", "after"),
+        ("AdamW + sensitivity, whole step", "AdamW", "sensitivity", "between"),
+        ("AdamW + sensitivity, whole step that allocates", "AdamW", "sensitivity", "allocation"),
+    ):
+        rows[name] = partial(training, args, batch, optimizer, score, at)
+    return rows
 
 
 def peft_rows(args: argparse.Namespace) -> dict[str, Callable[[], Callable[[], None]]]:

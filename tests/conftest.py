@@ -1,13 +1,8 @@
 """Small checkpoints, written to disk exactly as the Hub stores the real ones, and small GLUE folders."""
 
-# ruff: noqa: E402
 import json
 import os
-import tempfile
 from pathlib import Path
-
-TOKENS = tempfile.TemporaryDirectory()  # kept tokens: not among the user's own, for what is started here, too
-os.environ["HF_ASSETS_CACHE"] = TOKENS.name
 
 import numpy as np
 import pytest
@@ -16,6 +11,7 @@ import torch
 from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, ElectraConfig, ElectraModel
 
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 
 WORDS = (
     "the a cat dog man sees likes gives run runs sleep sleeps old small that who not often him her".split()
@@ -118,7 +114,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def electra_checkpoint(bert: Path, folder: Path) -> Path:
-    """An encoder of an architecture that adalora.py has no targets for."""
+    """An encoder of an architecture that has no targets of its own."""
     config = ElectraConfig(
         vocab_size=40,
         embedding_size=16,

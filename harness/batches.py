@@ -1,0 +1,92 @@
+"""Sentences → token ids → batches."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from harness import processes
+from harness.files import checksum
+from harness.settings import Settings
+from harness.task import Task
+
+GROUP = 50  # batches that --group_by_length sorts together
+
+
+def tokenize(
+    dataset: Mapping[str, list], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict], Tensor]:
+    """Each example's token ids, unpadded, and all labels (n,): int64, or for regression float32."""
+    encoded = tokenizer(*(list(dataset[name]) for name in task.text), truncation=True, max_length=max_length)
+    examples = zip(*encoded.values(), strict=True)
+    features = [dict(zip(encoded.keys(), example, strict=True)) for example in examples]
+    return features, torch.tensor(dataset["label"], dtype=torch.int64 if task.labels else torch.float32)
+
+
+class Split(NamedTuple):
+    """Examples to predict: batches of like length, where in them each example is, and the labels (n,)."""
+
+    batches: list[Mapping[str, Tensor]]
+    position: Tensor
+    labels: Tensor
+
+
+def evaluation_split(features: list[dict], labels: Tensor, collate: Callable, size: int) -> Split:
+    """Examples from `tokenize`, sorted by length and padded by `collate`."""
+    order = sorted(range(len(features)), key=lambda i: len(features[i]["input_ids"]))
+    batches = [collate([features[i] for i in order[j : j + size]]) for j in range(0, len(order), size)]
+    return Split(batches, torch.tensor(order).argsort(), labels)
+
+
+class Batches:
+    """The training examples of each update, shuffled anew in every epoch from the seed."""
+
+    def __init__(self, features: list[dict], labels: Tensor, collate: Callable, settings: Settings):
+        self.features, self.labels, self.collate = features, labels.to(settings.device), collate
+        self.lengths = torch.tensor([len(example["input_ids"]) for example in features])
+        self.micro, self.by_length, self.seed = settings.batch_size, settings.group_by_length, settings.seed
+        self.size = settings.batch_size * settings.grad_accum * settings.processes
+        self.per_epoch = math.ceil(len(features) / self.size)
+        self.epochs: list[list[Tensor]] = []  # of the first epoch on; only the last is kept
+
+    def of_update(self, t: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor, float]]:
+        """The micro-batches of update t, counted from 1: inputs, labels, share of the update's examples.
+
+        Of several processes each gets its own; the shares of all its micro-batches are then relative to the
+        average of the processes' gradients.
+        """
+        epoch, i = divmod(t - 1, self.per_epoch)
+        batch = self._epoch(epoch)[i]
+        batch = batch[self.lengths[batch].argsort()]  # micro-batches of like length need less padding
+        own = processes.own_share(batch)
+        for micro in own.split(self.micro) if len(own) else ():
+            inputs = self.collate([self.features[i] for i in micro])
+            share = len(micro) * processes.count() / len(batch)
+            yield inputs.to(self.labels.device), self.labels[micro], share
+
+    def checksum(self, splits: Collection[Split]) -> str:
+        """Of the tokens and labels to train on and to evaluate on."""
+        tokens = torch.tensor([token for example in self.features for token in example["input_ids"]])
+        judged = [batch["input_ids"] for split in splits for batch in split.batches]
+        return checksum([tokens, self.labels, *judged, *(split.labels for split in splits)])
+
+    def _epoch(self, epoch: int) -> list[Tensor]:
+        """The batches of an epoch, counted from 0: indices of examples; the last batch may be smaller."""
+        if not self.epochs:
+            self.generator = torch.Generator().manual_seed(self.seed)
+        while len(self.epochs) <= epoch:
+            self.epochs = [[]] * len(self.epochs) + [self._shuffled()]
+        return self.epochs[epoch]
+
+    def _shuffled(self) -> list[Tensor]:
+        """With `by_length` the examples of GROUP batches are sorted, and the batches come in random order."""
+        order = torch.randperm(len(self.features), generator=self.generator)
+        if not self.by_length:
+            return list(order.split(self.size))
+        groups = order.split(GROUP * self.size)
+        groups = [group[self.lengths[group].argsort(stable=True)] for group in groups]
+        batches = [batch for group in groups for batch in group.split(self.size)]
+        return [batches[i] for i in torch.randperm(len(batches), generator=self.generator)]

@@ -1,0 +1,153 @@
+"""A checkpoint, from the Hub or a folder → tokenizer and model; adapters around its linear maps."""
+
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+from adalora import HEADS, inject, linear_maps
+from harness.glue import check_hub
+from harness.settings import Settings
+from harness.task import UsageError
+
+# The linear maps of an encoder layer, by the architecture's name in its config.json.
+BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+TARGETS = {
+    "deberta-v2": ["query_proj", "key_proj", "value_proj", *BERT[3:]],  # DeBERTaV3 too
+    "bert": BERT,
+    "roberta": BERT,
+    "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+}
+CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
+    "config": ("config.json",),
+    "weights": ("*.safetensors", "pytorch_model*.bin"),
+    "tokenizer": ("tokenizer.json", "spm.model", "vocab.txt", "vocab.json", "*.model"),
+}
+
+
+def load_encoder(
+    name: str, outputs: int
+) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+    """Tokenizer, and encoder with a head of `outputs` numbers, in float32.
+
+    The head is new and random, and so depends on torch's seed. No code of the checkpoint is run. Raises
+    UsageError, or ConnectionError if the Hub does not answer.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    _check_place(name)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+            name,
+            num_labels=outputs,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # a damaged checkpoint makes the libraries raise all sorts of things
+        kind = UsageError if Path(name).is_dir() else ConnectionError
+        raise kind(f"--model {name} cannot be loaded: {error}") from error
+    absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
+    if absent := sorted(key for key in absent if not is_head(key)):
+        raise UsageError(f"--model {name} lacks weights of its encoder: {absent[0]} is missing or misshapen")
+    if tokenizer.pad_token is None:
+        raise UsageError(f"--model {name}: the tokenizer has no padding token")
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        raise UsageError(f"--model {name}: the tokenizer's {len(tokenizer)} tokens do not fit the weights")
+    return tokenizer, model
+
+
+def _check_place(name: str) -> None:
+    if Path(name).is_dir():
+        for what, patterns in CHECKPOINT_FILES.items():
+            if not any(any(Path(name).glob(pattern)) for pattern in patterns):
+                files = " or ".join(patterns)
+                raise UsageError(f"--model {name} has no {what}: a checkpoint folder has {files}")
+    elif len(Path(name).parts) > 2 or name.startswith((".", "~")):
+        raise UsageError(f"--model {name} does not exist: give a checkpoint folder, or a name on the Hub")
+    else:
+        check_hub()
+
+
+def default_targets(model: transformers.PreTrainedModel) -> list[str] | None:
+    return TARGETS.get(model.config.model_type)
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter is behind the encoder: trained as it is, and not counted."""
+    return not HEADS.isdisjoint(name.split("."))
+
+
+def adapt(
+    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, settings: Settings
+) -> dict[str, nn.Module]:
+    """Put adapters into the model and freeze the rest but its head.
+
+    Returns the adapters by name; {} for full fine-tuning, which freezes nothing. Raises UsageError.
+    """
+    narrow_relative_positions(model)
+    layers, config = {}, model.config
+    if settings.method != "full":
+        if settings.targets is None:
+            maps = ", ".join(linear_maps(model))
+            raise UsageError(f"a {config.model_type} model needs --targets; its linear maps are {maps}")
+        widest = max(min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
+        if settings.init_rank > widest:
+            flag = "init_rank" if settings.method == "adalora" else "target_rank"
+            rank = settings.init_rank
+            raise UsageError(f"--{flag} {rank} is above {widest}, the most a map of this model has")
+        kind = "svd" if settings.method == "adalora" else "lora"
+        rank, alpha, dropout = settings.init_rank, settings.alpha, settings.dropout
+        try:
+            layers = inject(model, settings.targets, rank, alpha, dropout, kind)
+        except ValueError as error:
+            raise UsageError(f"--targets: {error}") from None
+    for name, p in model.named_parameters():
+        if is_head(name):
+            p.requires_grad_(True)
+    longest = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
+    if settings.max_length > longest:
+        raise UsageError(f"--max_length {settings.max_length} is above the model's {longest} tokens")
+    if settings.bf16:  # the backbone's products; adapters and losses stay in float32
+        device = torch.device(settings.device).type
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    return layers
+
+
+def count_parameters(model: nn.Module) -> int:
+    """What is trained, without the head."""
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
+
+
+# ---- DeBERTa's relative positions ----------------------------------------------------------------------
+
+
+def narrow_relative_positions(model: nn.Module) -> None:
+    """Let DeBERTaV2's and V3's attention compute only with relative positions that occur.
+
+    Transformers multiplies all tokens with the embeddings of all 2k buckets of distances, −k to k − 1 (in V3
+    k = 256), and then picks; with adapters on query and key all of that has a backward pass, too. But n
+    tokens are less than n apart: 2·min(n, k) buckets are enough. The result is the same but for which entries
+    dropout hits. Nothing happens to other models.
+    """
+    for module in model.modules():
+        if not (hasattr(module, "disentangled_attention_bias") and module.relative_attention):
+            continue
+        # From k/2 on buckets are logarithmic. If the largest distance is e·k/2 or more, here with a margin,
+        # no bucket's number is above its distance.
+        if module.max_relative_positions > 1.5 * module.position_buckets:
+            module.register_forward_pre_hook(_use_near_positions, with_kwargs=True)
+
+
+def _use_near_positions(attention: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """Of the embeddings (2k, d) those of buckets −n to n − 1."""
+    embeddings = kwargs["rel_embeddings"]
+    k = len(embeddings) // 2
+    n = min(args[0].shape[1], k)  # tokens (batch, n, d)
+    attention.pos_ebd_size = n
+    return args, kwargs | {"rel_embeddings": embeddings[k - n : k + n]}

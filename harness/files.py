@@ -1,0 +1,117 @@
+"""Files that are whole or not there, locks, checksums.
+
+Tensors are read from safetensors files, or by torch with `weights_only=True`: no code can hide in them.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from harness.task import UsageError
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """All of it or nothing: written beside, renamed into place. OSError, with the path, where that fails."""
+    beside = path.with_name(path.name + ".new")
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):  # the first error is the one to report
+            beside.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_json(path: Path, content: dict) -> None:
+    """`write_whole` of a JSON file; ValueError if a number in it is not finite."""
+    write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """An object of a JSON file. Raises UsageError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} is not a run's")
+    return content
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """Add lines to a JSON-lines file. OSError, with the path, where that fails."""
+    try:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def cut_records(path: Path, step: int) -> None:
+    """Keep a JSON-lines file's records up to a step."""
+    if not path.exists():
+        return
+    lines = [
+        line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")
+    ]
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{path} is damaged: remove it, or start again with --overwrite") from None
+    write_whole(path, "".join(kept).encode())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """`write_whole` of a safetensors file."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_whole(path, save(tensors, metadata))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises UsageError."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+
+
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """CRC-32 of all their entries, one tensor after the other."""
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), value)
+    return f"{value:08x}"
+
+
+def check_writable(path: Path, what: object) -> None:
+    """Raise UsageError, of `what`, unless a file can be written at the path, or its folder be made."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)) or (path.exists() and not path.is_file()):
+        raise UsageError(f"{what} cannot be written")
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """For the length of the block no other process can lock the folder; UsageError if one has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f"{folder}: another process is writing there") from None
+        yield
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,258 @@
+"""What GLUE is: its eight tasks, its files, and the papers' settings for each task.
+
+    load_task("cola")                     # from the Hugging Face Hub
+    load_task("cola", data_dir="glue")    # from a folder in GLUE's own layout: glue/CoLA/train.tsv, …
+
+Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding", ICLR
+2019. The settings are those of Chen and Garner, arXiv 2409.10673, and with AdamW of AdaLoRA, ICLR 2023.
+"""
+
+import logging
+import math
+import threading
+from collections.abc import Collection, Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness.metrics import task_metrics
+from harness.task import Task, UsageError
+
+log = logging.getLogger(__name__)
+
+HUB_DATASET = "nyu-mll/glue"
+HUB_SECONDS = 3  # how long the Hub may take to answer at all
+
+# ---- the papers' settings ------------------------------------------------------------------------------
+
+# fmt: off
+COLUMNS = ("max_length", "epochs", "adamw.lr", "adamw.warmup_steps", "ivon.lr", "ivon.warmup_steps",
+           "ivon.first_lr", "ivon.first_steps", "alpha", "orth", "tinit", "tfinal", "delta_t", "eval_every")
+TABLE = {
+    # length, epochs | AdamW lr, warm-up | IVON lr, warm-up, first phase | alpha, γ | t_i, t_f, ΔT | evaluate
+    "cola": ( 64, 25, 8e-4,    100, 0.4, 100, 2.0, 500, 32, 0.1,  800,  3500,  10,  100),
+    "stsb": (128, 25, 2.2e-3,  100, 0.4, 100, 2.0, 500, 32, 0.3,  800,  2000,  10,  100),
+    "mrpc": (320, 30, 1e-3,    100, 0.5, 100, 2.0, 400, 32, 0.1,  600,  1800,   1,  300),
+    "rte":  (320, 50, 1.2e-3,  200, 0.5, 100, 2.0, 400, 32, 0.3,  600,  1800,   1,  100),
+    "sst2": (128, 24, 8e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 6000, 22000, 100, 3000),
+    "qnli": (512,  5, 5e-4,    500, 0.4, 500, 0.0,   0, 32, 0.1, 2000,  8000, 100, 1000),
+    "qqp":  (320,  5, 8e-4,   2000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 25000, 100, 3000),
+    "mnli": (256,  7, 5e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 50000, 100, 2000),
+    # The demo's encoder is far smaller than DeBERTaV3: its settings are our own.
+    "demo": ( 64, 12, 2e-3,     50, 2.0,  50, 0.0,   0, 32, 0.1,  100,   350,  10,  100),
+}
+# fmt: on
+# What all tasks have in common, and what goes with a method. IVON's learning rate warms up to first_lr, stays
+# there until first_steps, and then decays from lr.
+ADAMW = {"weight_decay": 0.0}
+IVON = {"mc_samples": 1, "hess_init": 1.0, "beta2": 0.99999, "clip_radius": 1e-3, "weight_decay": 1e-8}
+ONE_PHASE = {"first_lr": 0.0, "first_steps": 0}
+# LoRA with IVON has no published setting for GLUE. Ours; the learning rate makes the largest step AdamW's.
+LORA_IVON = {"hess_init": 1e-4, "beta2": 0.999, "ess": 1e10}
+FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
+
+
+def published(task: str, method: str, optimizer: str) -> dict[str, Any]:
+    """The settings of a row of the papers' table, by the names of Settings' fields."""
+    row = dict(zip(COLUMNS, TABLE[task], strict=True))
+    common = {name: value for name, value in row.items() if "." not in name}
+    own = {name.split(".")[1]: value for name, value in row.items() if name.startswith(f"{optimizer}.")}
+    settings = common | (IVON if optimizer == "ivon" else ADAMW | ONE_PHASE) | own
+    demo = task == "demo"
+    if method == "lora":
+        lora_lr = row["adamw.lr"] if demo else 2e-4
+        settings |= {"alpha": 32, **ONE_PHASE, "lr": lora_lr}
+        if optimizer == "ivon":
+            settings |= LORA_IVON | {"lr": None, "largest_step": lora_lr}
+    if method == "full":
+        settings |= ONE_PHASE | ({"weight_decay": 1e-5} if optimizer == "ivon" else {})
+        if not demo:
+            adamw_lr = 1.5e-5 if task == "mnli" else 2e-5
+            settings |= {"lr": 0.1 if optimizer == "ivon" else adamw_lr}
+            settings |= {"epochs": FULL_EPOCHS.get(task, settings["epochs"])}
+    return settings
+
+
+# ---- the tasks -----------------------------------------------------------------------------------------
+
+PAIR = ("sentence1", "sentence2")
+DIGITS = ("0", "1")
+ENTAILED = ("entailment", "not_entailment")
+NLI = ("entailment", "neutral", "contradiction")
+# In GLUE's own files: the columns of the sentences and of the label. CoLA's have no header.
+FILE_COLUMNS = {
+    "cola": ("sentence", "label"),
+    "sst2": ("sentence", "label"),
+    "mrpc": ("#1 String", "#2 String", "Quality"),
+    "stsb": (*PAIR, "score"),
+    "qqp": ("question1", "question2", "is_duplicate"),
+    "mnli": (*PAIR, "gold_label"),
+    "qnli": ("question", "sentence", "label"),
+    "rte": (*PAIR, "label"),
+}
+
+
+def load_task(
+    task: str, data_dir: str | Path | None = None, splits: Collection[str] | None = None
+) -> dict[str, Any]:
+    """A task's splits: "train", "validation" (mnli: "…_matched", "…_mismatched"), and "test" if there is one.
+
+    Columns: the task's `text`, "label" (class index, for stsb a float; −1 in a test split) and "idx".
+
+    Args:
+        data_dir: a folder in GLUE's own layout; without it, the Hub's copy.
+        splits: which ones; only their files have to be there.
+
+    A test file that has labels is read with them; one that has not, with its own numbers as "idx".
+
+    Raises OSError where a file is missing or the Hub does not answer, UsageError ("file:line: what") where a
+    file is not as it should be.
+    """
+    if data_dir is None:
+        check_hub()  # before an import that takes seconds itself
+    from datasets import Dataset, load_dataset
+
+    if data_dir is None:
+        try:
+            loaded = dict(load_dataset(HUB_DATASET, task))
+        except Exception as error:  # of half a dozen libraries
+            raise ConnectionError(f"{HUB_DATASET} could not be loaded from the Hub: {error}") from error
+        return loaded if splits is None else {split: loaded[split] for split in splits}
+    folder, loaded = Path(data_dir) / TASKS[task].folder, {}
+    for split in TASKS[task].splits if splits is None else splits:
+        path = folder / f"{split.replace('validation', 'dev')}.tsv"
+        if splits is None and split.startswith("test") and not path.exists():
+            continue
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing: the data folder needs GLUE's own layout, {path.parent.name}/{path.name}"
+            )
+        examples = list(read_examples(task, path, labelled=not split.startswith("test")))
+        if not examples:
+            raise UsageError(f"{path} has no examples")
+        loaded[split] = Dataset.from_list(examples)
+    return loaded
+
+
+def glue_task(name, folder, size, text, labels=(), written=DIGITS, metric="accuracy", **more) -> Task:
+    functions = {"load": partial(load_task, name), "metrics": partial(task_metrics, name)}
+    functions |= {"settings": partial(published, name)}
+    columns = {"text": text, "labels": labels, "written": written}
+    return Task(name, folder, metric=metric, train_size=size, **columns, **functions, **more)
+
+
+# fmt: off
+MATTHEWS = "matthews_correlation"
+MNLI_SPLITS = ("validation_matched", "validation_mismatched")
+TASKS = {task.name: task for task in (
+    glue_task("cola", "CoLA", 8551, ("sentence",), ("unacceptable", "acceptable"), metric=MATTHEWS),
+    glue_task("sst2", "SST-2", 67349, ("sentence",), ("negative", "positive")),
+    glue_task("mrpc", "MRPC", 3668, PAIR, ("not_equivalent", "equivalent")),
+    glue_task("stsb", "STS-B", 5749, PAIR, written=(), metric="pearson_spearman"),
+    glue_task("qqp", "QQP", 363846, ("question1", "question2"), ("not_duplicate", "duplicate")),
+    glue_task("mnli", "MNLI", 392702, ("premise", "hypothesis"), NLI, NLI, validation=MNLI_SPLITS),
+    glue_task("qnli", "QNLI", 104743, ("question", "sentence"), ENTAILED, ENTAILED),
+    glue_task("rte", "RTE", 2490, PAIR, ENTAILED, ENTAILED),
+)}
+# fmt: on
+# The embedded data of demo/ are in CoLA's format.
+DEMO = replace(TASKS["cola"], train_size=2400, settings=partial(published, "demo"))
+
+
+# ---- the files -----------------------------------------------------------------------------------------
+
+COLA_COLUMNS = ["source", "label", "star", "sentence"]  # its train.tsv and dev.tsv have no header
+
+
+def check_hub() -> None:
+    """Raise ConnectionError if the Hub does not answer within seconds; its own client goes on for minutes.
+
+    Nothing is asked when HF_HUB_OFFLINE is set: then the local cache has to do.
+    """
+    from huggingface_hub import constants, get_session
+
+    def ask() -> None:
+        try:
+            get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+            problem.clear()
+        except Exception as error:  # of the Hub's HTTP library, whichever that is
+            problem[:] = [str(error)]
+
+    if constants.HF_HUB_OFFLINE:
+        return
+    problem = ["no answer"]
+    asking = threading.Thread(target=ask, daemon=True)  # looking up a name has no timeout of its own
+    asking.start()
+    asking.join(HUB_SECONDS)
+    if problem:
+        mend = "use --demo, or local folders with --model and --data_dir, or HF_HUB_OFFLINE=1 for the cache"
+        hub = f"the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached"
+        raise ConnectionError(f"{hub}: {problem[0]}; {mend}")
+
+
+def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict]:
+    """The examples of one of GLUE's TSV files, in order. Raises UsageError as `load_task` does.
+
+    The files are not quoted: a quotation mark is a character like others. A byte-order mark, Windows line
+    ends and a missing last line end are all found in copies of GLUE.
+    """
+    columns, text = FILE_COLUMNS[task], TASKS[task].text
+    *text_columns, label_column = columns
+    rows = _rows(path)
+    header = COLA_COLUMNS if task == "cola" and labelled else next(rows, (1, []))[1]
+    labelled = labelled or label_column in header
+    # Without labels the file's own numbers count, in a submission.
+    numbers = None if labelled else next((name for name in ("index", "id") if name in header), None)
+    wanted = columns if labelled else text_columns
+    if absent := [column for column in wanted if column not in header]:
+        raise UsageError(
+            f"{path}:1: there is no column {absent[0]!r} in the header, which needs {', '.join(wanted)}"
+        )
+    cut_short = 0  # GLUE's qqp has a few rows with a line end in a question; no reader counts them
+    for idx, (line, row) in enumerate(rows):
+        if task == "qqp" and len(row) < len(header) and not numbers:
+            cut_short += 1
+            continue
+        if len(row) != len(header):
+            raise UsageError(
+                f"{path}:{line}: {len(row)} columns where {len(header)} belong ({', '.join(header)})"
+            )
+        fields = dict(zip(header, row, strict=True))
+        example = dict(zip(text, (fields[column] for column in text_columns), strict=True))
+        try:
+            example["label"] = _label(task, fields[label_column]) if labelled else -1
+            number = int(fields[numbers]) if numbers else idx
+        except ValueError as error:
+            raise UsageError(f"{path}:{line}: {error}") from None
+        yield example | {"idx": number}
+        if cut_short > 100:
+            raise UsageError(f"{path}:{line}: the hundredth row with too few columns")
+    if cut_short:
+        log.warning("%s: left out %d rows that are cut short", path, cut_short)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number from 1, and fields. Only \\n ends a line; Unicode's other ends are a sentence's own."""
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        try:
+            for line, row in enumerate(file, start=1):
+                yield line, row.rstrip("\r\n").split("\t")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+def _label(task: str, written: str) -> int | float:
+    """A label as the files write it → class index, or for stsb the number. ValueError if it is not one."""
+    allowed = TASKS[task].written
+    if allowed:
+        if written not in allowed:
+            raise UsageError(f"{written!r} is not a label of {task} ({', '.join(allowed)})")
+        return allowed.index(written)
+    try:
+        number = float(written)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 5:
+        raise UsageError(f"{written!r} is not a score from 0 to 5")
+    return number

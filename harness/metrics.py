@@ -1,0 +1,145 @@
+"""GLUE's metrics, calibration, the agreement of importance scores, and kept ranks as a table: from arrays.
+
+Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (ECE); Brier, "Verification of forecasts
+expressed in terms of probability", 1950.
+"""
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import scipy  # scipy.stats takes a while and is imported on its first use
+from numpy.typing import ArrayLike
+
+from adalora import place
+
+
+def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """The metrics of a GLUE task; the first is the one the task is judged by.
+
+    Args:
+        predictions, labels: (n,), class indices, or numbers for stsb.
+
+    A correlation with something constant, and F1 where there is nothing positive, is 0.
+    """
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    if predictions.shape != labels.shape or predictions.ndim != 1 or not predictions.size:
+        raise ValueError(
+            f"metrics need as many predictions as labels: {predictions.shape} and {labels.shape}"
+        )
+    if task == "stsb":
+        constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
+        pearson, spearman = (
+            0.0 if constant else float(correlation(predictions, labels).statistic)
+            for correlation in (scipy.stats.pearsonr, scipy.stats.spearmanr)
+        )
+        return {"pearson_spearman": (pearson + spearman) / 2, "pearson": pearson, "spearman": spearman}
+    if task == "cola":
+        return {"matthews_correlation": _matthews(predictions, labels)}
+    accuracy = {"accuracy": float(np.mean(predictions == labels))}
+    return accuracy | {"f1": _f1(predictions, labels)} if task in ("mrpc", "qqp") else accuracy
+
+
+def _confusion(predictions: np.ndarray, labels: np.ndarray) -> tuple[int, int, int, int]:
+    """True positives, false positives, false negatives, true negatives; class 1 is positive."""
+    p, y = predictions == 1, labels == 1
+    return int((p & y).sum()), int((p & ~y).sum()), int((~p & y).sum()), int((~p & ~y).sum())
+
+
+def _matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
+    tp, fp, fn, tn = _confusion(predictions, labels)
+    denominator = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
+    return (tp * tn - fp * fn) / denominator**0.5 if denominator else 0.0
+
+
+def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
+    tp, fp, fn, _ = _confusion(predictions, labels)
+    return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+
+
+def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str, float]:
+    """Accuracy, NLL, ECE and Brier score of predicted probabilities.
+
+    NLL: mean of −ln p(label), with p not below float64's smallest normal number. Brier: squared error summed
+    over classes, mean over examples. ECE: examples are binned by their top probability into `bins` intervals
+    of equal width, open on the left and closed on the right; the bins' |accuracy − mean confidence|, weighted
+    by their share of the examples.
+
+    Args:
+        probs: (n, classes), rows sum to 1.
+        labels: (n,), class indices.
+    """
+    probs, labels = np.asarray(probs, dtype=np.float64), np.asarray(labels)
+    if probs.ndim != 2 or labels.shape != probs.shape[:1] or not labels.size:
+        raise ValueError(f"calibration needs (n, classes) and (n,), not {probs.shape} and {labels.shape}")
+    n, classes = probs.shape
+    p_label = probs[np.arange(n), labels]
+    counts, confidence, accuracy = reliability(probs, labels, bins)
+    return {
+        "accuracy": float((probs.argmax(axis=1) == labels).mean()),
+        "nll": float(-np.log(np.maximum(p_label, np.finfo(np.float64).tiny)).mean()),
+        "ece": float(np.nansum(counts * np.abs(accuracy - confidence)) / n),
+        "brier": float(((probs - np.eye(classes)[labels]) ** 2).sum(axis=1).mean()),
+    }
+
+
+def reliability(
+    probs: np.ndarray, labels: np.ndarray, bins: int = 10
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of each of `calibration`'s bins: examples, their mean confidence, their accuracy; (bins,) each.
+
+    Mean confidence and accuracy of an empty bin are NaN.
+    """
+    confidence, right = probs.max(axis=1), probs.argmax(axis=1) == labels
+    # right=True: edges[i − 1] < confidence ≤ edges[i]; i/bins is rounded once, as a literal 0.3 is.
+    bin_of = np.digitize(confidence, np.arange(1, bins) / bins, right=True)
+    counts, *sums = (np.bincount(bin_of, weights, minlength=bins) for weights in (None, confidence, right))
+    with np.errstate(invalid="ignore"):
+        return counts, sums[0] / counts, sums[1] / counts
+
+
+def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[str, float | None]]:
+    """How far importance scores of the same n triplets agree, for each pair of them ("a/b").
+
+    "spearman": the rank correlation of the two; None where one is the same for all triplets.
+    "jaccard": of the two sets of k triplets with the highest scores (ties go to the earlier one), the size of
+    their intersection over that of their union; 1 for k = 0.
+
+    Args:
+        scores: by name, (n,) each; at least two.
+        k: 0 ≤ k ≤ n.
+    """
+    S = np.stack(list(scores.values()))
+    ranks = 2 * scipy.stats.rankdata(S, axis=1) - (S.shape[1] + 1)  # around 0, and whole: no rounding below
+    products = ranks @ ranks.T
+    squares = np.outer(products.diagonal(), products.diagonal())
+    spearman = np.divide(products, np.sqrt(squares), where=squares > 0, out=np.full_like(products, np.nan))
+    top = np.zeros_like(S, dtype=np.int64)
+    np.put_along_axis(top, np.argsort(-S, axis=1, kind="stable")[:, :k], 1, axis=1)
+    both = top @ top.T  # sizes of the intersections; two sets of k have 2k − both in their union
+    agreement = {"spearman": {}, "jaccard": {}}
+    for (i, a), (j, b) in itertools.combinations(enumerate(scores), 2):
+        agreement["spearman"][f"{a}/{b}"] = float(spearman[i, j]) if squares[i, j] else None
+        agreement["jaccard"][f"{a}/{b}"] = float(both[i, j] / (2 * k - both[i, j])) if k else 1.0
+    return agreement
+
+
+def rank_rows(ranks: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Ranks by adapter → by layer ("" where a name has no number) and module."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, rank in ranks.items():
+        layer, module = place(name)
+        rows.setdefault(layer, {})[module] = rank
+    return rows
+
+
+def rank_table(ranks: Mapping[str, float]) -> str:
+    """Ranks by adapter as text, a row a layer and a column a module."""
+    rows = rank_rows(ranks)
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    lines = ["layer  " + "  ".join(columns)]
+    for layer, row in rows.items():
+        cells = [f"{row[column]:g}" if column in row else "" for column in columns]
+        padded = [cell.rjust(len(column)) for cell, column in zip(cells, columns, strict=True)]
+        lines.append(f"{layer:>5}  " + "  ".join(padded))
+    return "\n".join(lines)

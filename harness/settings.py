@@ -1,0 +1,336 @@
+"""Every setting of a run, once: the command line, config.json, what --resume compares and the table's rows.
+
+    settings = Settings.from_command_line(argv, description)      # what the command line alone decides
+    settings = settings.resolve(len(train), default_targets)      # what depends on data and model, once
+
+A setting is a field of `Settings`. Its role says what it is for, its parser what values it can have.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from harness import glue, processes
+from harness.task import EndsRun, Task, UsageError
+from scores import SCORES
+
+TASKS: dict[str, Task] = {**glue.TASKS}
+METHODS = ("adalora", "lora", "full")
+MODEL = "microsoft/deberta-v3-base"
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+FLOAT32_MAX = torch.finfo(torch.float32).max
+
+# Roles. All but the last have to be the same in a run that is resumed.
+IDENTITY = "identity"  # decides the result: a row of the table
+SHAPE = "shape"  # the run's length and batches: in the table's caption
+NUMERICS = "numerics"  # decides rounding, or what is recorded: not in the table
+NOTHING = "nothing"  # has no influence (folders: weights and data are known by their checksums)
+
+
+def number(least: float = -math.inf, *, above: float = -math.inf, most: float = FLOAT32_MAX) -> Callable:
+    """A parser: a number in [least, most] and above `above`."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not (-FLOAT32_MAX <= value <= most and least <= value and value > above):
+            bounds = [f"{least:g} or more"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
+            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join([*bounds, f'at most {most:g}'])}")
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def whole(least: int) -> Callable:
+    """A parser: a whole number from `least`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
+        return value
+
+    parse.__name__ = "whole number"
+    return parse
+
+
+def setting(group: str | None, default: Any, role: str, parse=None, about="", only=(), **options):
+    """A field. `only`: the methods or optimizers that have it; `options`: argparse's; no group: no flag."""
+    return field(default=default, metadata=locals())
+
+
+positive, count = number(above=0), whole(1)
+run, ivon = partial(setting, "the run"), partial(setting, "IVON", only=("ivon",))
+adapters = partial(setting, "adapters", only=("adalora", "lora"))
+adalora, evaluation = partial(setting, "AdaLoRA", only=("adalora",)), partial(setting, "evaluation")
+machine, derived = partial(setting, "device and files"), partial(setting, None)
+SCORE_HELP = "; ".join(f"{name}: {score.about}" for name, score in SCORES.items())
+TARGETS_HELP = "ends of linear maps' names (the architecture's own)"
+FOLDER = "(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """None stands for what is not given, or what the method or optimizer does not have."""
+
+    # fmt: off
+    task: str | None = run(None, IDENTITY, None, "required unless --demo", choices=list(TASKS))
+    method: str = run("adalora", IDENTITY, None, "full: no adapters", choices=METHODS)
+    optimizer: str = run("ivon", IDENTITY, choices=["ivon", "adamw"])
+    model: str | None = run(None, NOTHING, None, f"a Hub name or a local checkpoint folder ({MODEL})")
+    data_dir: Path | None = run(None, NOTHING, Path, "a folder in GLUE's own layout (the Hub's copy)")
+    demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
+    seed: int = run(2021, IDENTITY, whole(0), "of everything random")
+    epochs: float | None = run(None, NOTHING, positive, "(the task's, as all without a default here)")
+    max_steps: int | None = run(None, NOTHING, count, "updates in all, instead of epochs")
+    batch_size: int = run(32, SHAPE, count, "examples in a forward pass")
+    grad_accum: int = run(1, SHAPE, count, "forward passes in an update")
+    group_by_length: bool = run(False, SHAPE, None, "batches of examples of like length: less padding")
+    max_length: int | None = run(None, SHAPE, whole(4), "tokens")
+    lr: float | None = run(None, IDENTITY, positive, "peak of one warm-up and decay (IVON: no first phase)")
+    weight_decay: float | None = run(None, IDENTITY, number(0), "of AdamW, or IVON's δ")
+    mc_samples: int | None = ivon(None, IDENTITY, count, "draws in an update (1)")
+    ess: float | None = ivon(None, IDENTITY, positive, "effective sample size (training examples; LoRA 1e10)")
+    hess_init: float | None = ivon(None, IDENTITY, positive, "h0 (1; LoRA 1e-4)")
+    beta2: float | None = ivon(None, IDENTITY, number(0, most=1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
+    clip_radius: float | None = ivon(None, IDENTITY, positive, "ξ (0.001)")
+    target_rank: float | None = adapters(None, IDENTITY, number(0), "average rank kept, or a fraction (2)")
+    targets: list[str] | None = adapters(None, IDENTITY, None, TARGETS_HELP, nargs="+", metavar="NAME")
+    alpha: float | None = adapters(None, IDENTITY, positive, "scale: alpha / rank at the start")
+    dropout: float | None = adapters(None, IDENTITY, number(0, most=0.999), "of the adapters' input (0)")
+    score: str | None = adalora(None, IDENTITY, None, f"{SCORE_HELP} (mu)", choices=list(SCORES))
+    init_rank: int | None = adalora(None, IDENTITY, whole(0), "rank at the start (1.5 × target, rounded)")
+    orth: float | None = adalora(None, IDENTITY, number(0), "γ, weight of the orthogonality penalty")
+    squared_orth: bool = adalora(False, IDENTITY, None, "the penalty as the paper has it, a sum of squares")
+    tinit: int | None = adalora(None, IDENTITY, whole(0), "t_i, updates before pruning starts")
+    tfinal: int | None = adalora(None, IDENTITY, whole(0), "t_f, updates with the final pattern")
+    delta_t: int | None = adalora(None, IDENTITY, count, "ΔT, updates between two allocations")
+    track_scores: bool = adalora(False, NUMERICS, None, "record how far the scores agree, at each allocation")
+    eval_every: int | None = evaluation(None, SHAPE, count, "updates")
+    eval_batch_size: int = evaluation(128, NUMERICS, count)
+    eval_samples: int = evaluation(0, NUMERICS, whole(0), "predictions averaged over so many draws, too")
+    temperature: float | None = evaluation(None, NUMERICS, number(0), "τ: draw with variance τσ² (1)")
+    device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
+    bf16: bool = machine(False, NUMERICS, None, "the frozen backbone's products in bfloat16")
+    compile: bool = machine(False, NUMERICS, None, "train with torch.compile")
+    plain: bool = machine(False, NUMERICS, None, "adapters and penalty without fused.py")
+    output_dir: Path | None = machine(None, NOTHING, Path, FOLDER)
+    overwrite: bool = machine(False, NOTHING, None, "replace the run in the output folder")
+    resume: bool = machine(False, NOTHING, None, "continue the run in the output folder, if there is one")
+    checkpoint_every: int | None = machine(None, NOTHING, count, "updates between checkpoints (eval_every)")
+    # These follow from the others.
+    processes: int = derived(1, SHAPE)
+    total_steps: int | None = derived(None, SHAPE)
+    warmup_steps: int | None = derived(None, IDENTITY)
+    first_lr: float | None = derived(None, IDENTITY)
+    first_steps: int | None = derived(None, IDENTITY)
+    # fmt: on
+
+    @classmethod
+    def from_command_line(cls, argv: list[str] | None, description: str) -> "Settings":
+        """Raises UsageError for settings out of range, or that do not go together."""
+        parser, groups = Parser(description), {}
+        for f in fields(cls):
+            group, about = f.metadata["group"], f.metadata["about"]
+            if group is None:
+                continue
+            if group not in groups:
+                groups[group] = parser.add_argument_group(group)
+            how = {"type": f.metadata["parse"], **f.metadata["options"]}
+            how = {"action": "store_true"} if f.default is False else how
+            about += f" ({f.default})" if f.default else ""
+            groups[group].add_argument(f"--{f.name}", default=f.default, help=about, **how)
+        return cls(**vars(parser.parse_args(argv))).completed()
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "Settings":
+        """Of a run's config.json; what is not a setting is passed over."""
+        values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        for name in ("data_dir", "output_dir"):
+            values[name] = Path(values[name]) if values.get(name) else None
+        return cls(**values)
+
+    def completed(self) -> "Settings":
+        """Fill in what does not depend on the data. Raises UsageError for settings that conflict."""
+        s = self._with_demo()
+        if s.task is None:
+            raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
+        if s.resume and s.overwrite:
+            raise UsageError("--resume continues a run, --overwrite replaces it: leave one out")
+        for f in fields(s):
+            only, value = f.metadata["only"], getattr(s, f.name)
+            given = value is not None and value is not False  # 0 is given
+            if given and only and not {s.method, s.optimizer}.intersection(only):
+                kind = "--method" if only[0] in METHODS else "--optimizer"
+                name = s.method if kind == "--method" else s.optimizer
+                raise UsageError(f"{kind} {name} has no --{f.name}: leave it out")
+        if s.temperature is not None and not s.eval_samples:
+            raise UsageError("--temperature is for posterior draws: give --eval_samples N, or leave it out")
+        if s.eval_samples and s.optimizer != "ivon":
+            raise UsageError("--eval_samples needs a posterior: use --optimizer ivon, or leave it out")
+        s = replace(s._with_ranks()._with_device(), model=MODEL if s.model is None else s.model)
+        s = replace(s, temperature=1.0 if s.temperature is None else s.temperature)
+        if s.max_steps or s.demo or s.data_dir is None:
+            s.resolve(task_of(s).train_size)  # the run's length is known: so is whether it can be
+        rank = None if s.target_rank is None else f"r{s.target_rank:g}"
+        parts = ("demo" if s.demo else s.task, s.method, s.optimizer, s.score, rank, f"s{s.seed}")
+        return replace(s, output_dir=s.output_dir or Path("runs") / "-".join(part for part in parts if part))
+
+    def _with_demo(self) -> "Settings":
+        if not self.demo:
+            return self
+        if self.task not in (None, "cola"):
+            raise UsageError(f"--demo has the task cola, not {self.task}: leave --task out, or --demo")
+        if self.model or self.data_dir:
+            raise UsageError("--demo has its own model and data: leave out --model and --data_dir, or --demo")
+        return replace(self, task="cola", model=str(DEMO / "model"), data_dir=DEMO)
+
+    def _with_ranks(self) -> "Settings":
+        if self.method == "full":
+            return self
+        target = 2.0 if self.target_rank is None else self.target_rank
+        if self.method == "lora":
+            if target < 1 or target % 1:
+                raise UsageError(f"--target_rank {target:g}: with --method lora it is a whole number from 1")
+            return replace(self, target_rank=target, init_rank=int(target), dropout=self.dropout or 0.0)
+        score, initial = self.score or "mu", self.init_rank
+        if SCORES[score].needs == "sigma" and self.optimizer != "ivon":
+            raise UsageError(f"--score {score} needs σ, a posterior: use --optimizer ivon, or another score")
+        if initial is None:
+            initial = max(math.floor(1.5 * target + 0.5), math.ceil(target))
+        if target > initial:
+            raise UsageError(f"--target_rank {target:g} is above --init_rank {initial}, the start")
+        return replace(self, score=score, target_rank=target, init_rank=initial, dropout=self.dropout or 0.0)
+
+    def _with_device(self) -> "Settings":
+        device, count = self.device or ("cuda" if torch.cuda.is_available() else "cpu"), processes.count()
+        if count > 1 and device not in ("cpu", "cuda"):
+            raise UsageError(f"--device {device}: with torchrun it is cuda, a GPU a process, or cpu")
+        if count > 1 and device == "cuda":
+            device = f"cuda:{processes.local_rank()}"
+        return replace(self, device=device, processes=count)
+
+    def resolve(self, train_size: int, default_targets: list[str] | None = None) -> "Settings":
+        """Fill in what depends on the data and the model.
+
+        A run that is longer or shorter than the published one has its t_i, t_f, ΔT and the phases of its
+        learning rate scaled with it, unless they were given. Raises UsageError for a schedule that cannot be.
+        """
+        values = dict(task_of(self).settings(self.method, self.optimizer))
+        values |= {name: value for name, value in vars(self).items() if value is not None}
+        per_epoch = math.ceil(train_size / (self.batch_size * self.grad_accum * self.processes))
+        T = self.max_steps or math.ceil(values["epochs"] * per_epoch)
+        published = task_of(self).published_steps(self.method, self.optimizer)
+        for name in ("warmup_steps", "first_steps", "tinit", "tfinal", "delta_t"):
+            if getattr(self, name) is None:
+                values[name] = values[name] * T // published
+        values |= {"total_steps": T, "epochs": T / per_epoch, "delta_t": max(1, values["delta_t"])}
+        if self.optimizer == "ivon":
+            values.setdefault("ess", float(train_size))
+            if self.lr is not None:
+                values |= {"first_lr": 0.0, "first_steps": 0}
+            elif values["lr"] is None:
+                lr = values["largest_step"] / (values["hess_init"] * values["clip_radius"])
+                values["lr"] = float(f"{lr:.6g}")
+        values.setdefault("mc_samples", 1)
+        values.setdefault("targets", default_targets)
+        if self.method != "adalora":
+            values |= dict.fromkeys(("orth", "tinit", "tfinal", "delta_t"))
+        elif values["tinit"] + values["tfinal"] >= T:
+            phases = f"t_i + t_f = {values['tinit']} + {values['tfinal']}"
+            raise UsageError(f"{phases} leaves no step to prune in: the run has {T} (--tinit, --tfinal)")
+        if self.method == "full":
+            values |= {"alpha": None, "targets": None}
+        return replace(self, **{f.name: values.get(f.name) for f in fields(self)})
+
+    def with_role(self, *roles: str) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.metadata["role"] in roles}
+
+
+def task_of(settings: Settings) -> Task:
+    return glue.DEMO if settings.demo else TASKS[settings.task]
+
+
+def learning_rate(t: int, settings: Settings) -> float:
+    """The learning rate of update t, counted from 1.
+
+    Up from 0 over the warm-up, then linearly down to 0. With a first phase (IVON): up to `first_lr`, which is
+    held until `first_steps` updates are done, and down from `lr` there.
+    """
+    s, done = settings, t - 1
+    if done < s.warmup_steps:
+        return (s.first_lr if s.first_steps else s.lr) * done / s.warmup_steps
+    if done < s.first_steps:
+        return s.first_lr
+    start = max(s.warmup_steps, s.first_steps)
+    return s.lr * (s.total_steps - done) / (s.total_steps - start)
+
+
+def check_device(settings: Settings) -> None:
+    """Try what the flags ask of the device. Raises UsageError."""
+    device, kind = settings.device, settings.device.split(":")[0]
+
+    def bf16_product() -> None:
+        if kind == "cuda" and not torch.cuda.is_bf16_supported():
+            raise ValueError("this GPU has no bfloat16")
+        with torch.autocast(kind, torch.bfloat16):
+            if (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).dtype != torch.bfloat16:
+                raise ValueError("products stay in float32")
+
+    trials = {f"--device {device}": lambda: torch.zeros(1, device=device).cpu()}
+    trials |= {"--bf16": bf16_product} if settings.bf16 else {}
+    if settings.compile:
+        trials["--compile"] = lambda: torch.compile(torch.neg)(torch.zeros(1, device=device))
+    for flag, trial in trials.items():
+        try:
+            trial()
+        except Exception as error:  # every missing backend reports that in its own way
+            why = str(error).strip().splitlines()[0]
+            raise UsageError(f"{flag} cannot be used on {device}: {why}") from None
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)  # it wants a number
+    # TF32, on GPUs that have it: float32 products are several times faster there.
+    torch.set_float32_matmul_precision("high" if kind == "cuda" else "highest")
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UsageError; shows the description as it is; takes no abbreviations."""
+
+    def __init__(self, description: str | None = None, **options: Any):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def exit_status(main: Callable[[], None], program: str) -> int:
+    """Run `main`; what the user can correct is one line on stderr. Returns the exit status."""
+    try:
+        main()
+    except EndsRun as error:
+        message, status = str(error), error.status
+    except torch.OutOfMemoryError:
+        smaller = "a smaller --batch_size and more --grad_accum, or a smaller --eval_batch_size"
+        message, status = f"out of memory: give {smaller}", 2
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        status = 2
+    except RuntimeError as error:
+        if not processes.another_has_ended(error):
+            raise
+        message, status = f"process {processes.rank()} ends: another one has ended", 1
+    except KeyboardInterrupt:
+        message, status = "interrupted", 130
+    else:
+        return 0
+    kind = "error: " if status == 2 else ""
+    sys.stderr.write(f"{program}: {kind}{' '.join(message.split())}\n")  # one line, whatever a library says
+    return status
