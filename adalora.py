@@ -15,13 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Parts of a model behind the encoder: usually new, trained as they are, never adapted.
+# Modules after the encoder: trained in full, never adapted.
 HEADS = {"pooler", "classifier", "pre_classifier", "classification_head", "logits_proj", "sequence_summary"}
 HEADS |= {"score", "lm_head", "cls", "qa_outputs"}
 
 
 def add_low_rank(layer: nn.Module, x: Tensor, B: Tensor, A: Tensor) -> Tensor:
-    """base(x) + B A x, the product in the adapter's precision whatever the base's is, also under autocast."""
+    """base(x) + B A x, where B A x is computed in the adapter's dtype, even under autocast.
+
+    Shapes: x (…, d_in), B (d_out, r), A (r, d_in) → (…, d_out).
+    """
     y = layer.base(x)
     with torch.autocast(x.device.type, enabled=False):
         return y + F.linear(F.linear(layer.dropout(x).to(A.dtype), A), B).to(y.dtype)
@@ -48,7 +51,7 @@ class SVDLinear(nn.Module):
         self.Q = nn.Parameter(torch.empty(rank, base.in_features, **beside).normal_(std=0.02))
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_low_rank(self, x, self.scaling * self.P * self.lam, self.Q)
+        return add_low_rank(self, x, self.scaling * self.P * self.lam, self.Q)  # P Λ: column i times λ_i
 
     def delta(self) -> Tensor:
         """s·P Λ Q, what the adapter adds to the base's weight: (d_out, d_in)."""
@@ -112,7 +115,7 @@ def inject(
 
     Adapters work on any `nn.Linear`, subclasses included. Returns them by module name, in the model's order.
     Raises ValueError, the model untouched, for a target that names no linear map, one whose weight is tied
-    to another's, a model that has adapters already, or a rank that cannot be.
+    to another's, a model that has adapters already, or an impossible rank.
     """
     if kind not in KINDS or rank < (kind == "lora"):
         raise ValueError(f"{kind} adapters cannot have rank {rank}; there are {' and '.join(KINDS)}")
@@ -187,8 +190,8 @@ def _tied(model: nn.Module, module: nn.Module) -> set[str]:
 def orthogonality_penalty(layers: Mapping[str, nn.Module], squared: bool = False) -> Tensor:
     """R(P, Q): how far P's columns and Q's rows are from orthonormal, a scalar.
 
-    The mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all P and Q, as in the authors' code, for which the published
-    γ are meant; with `squared` the sum of their squares, as the paper writes it ([A] eq. 4). The norm's
+    The mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over all P and Q, as in the authors' code, on which the published
+    γ were tuned; with `squared` the sum of their squares, as the paper writes it ([A] eq. 4). The norm's
     gradient at an orthonormal matrix is 0.
     """
     norms = []
@@ -233,7 +236,7 @@ def take_out(
 
 
 def check_state_can_be_cut(layers: Mapping[str, SVDLinear], optimizer: torch.optim.Optimizer) -> None:
-    """Raise ValueError where the optimizer has state neither of its parameter's shape nor a number."""
+    """Raise ValueError for optimizer state that is neither parameter-shaped nor a scalar."""
     for name, layer in layers.items():
         for p in (layer.P, layer.lam, layer.Q):
             for key, value in optimizer.state.get(p, {}).items():
@@ -245,7 +248,7 @@ def check_state_can_be_cut(layers: Mapping[str, SVDLinear], optimizer: torch.opt
 
 
 def replace_data_(p: nn.Parameter, new: Tensor) -> None:
-    """Give a parameter other data, of another shape perhaps. Its gradient goes."""
+    """Give a parameter other data, perhaps of another shape. Clears `p.grad`."""
     p.grad = None
     # While a graph of p is held, autograd keeps p's old shape; a change of type makes it forget.
     p.data = new.to(torch.float32 if new.dtype == torch.float16 else torch.float16)

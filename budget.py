@@ -22,7 +22,7 @@ class CubicBudget:
         final_steps: t_f, updates trained with the final pattern.
         interval: ΔT, updates between two allocations.
 
-    Raises ValueError for settings that cannot be.
+    Raises ValueError for an impossible schedule.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class CubicBudget:
         return self.target + (self.initial - self.target) * left**3 // span**3
 
     def due(self, t: int) -> bool:
-        """Whether triplets are allocated after update t: at multiples of ΔT up to T − t_f, and there."""
+        """Whether update t is followed by an allocation: multiples of ΔT in (t_i, T − t_f), and T − t_f."""
         return t == self.last_allocation or (
             self.warmup_steps < t < self.last_allocation and t % self.interval == 0
         )

@@ -1,12 +1,12 @@
 """The forward pass of adalora.py's adapters and its penalty's gradient, in fewer operations.
 
     layers = inject(model, targets, rank=3, alpha=32)
-    fuse(model, layers)                              # from here on: same results, a third of the operations
+    fuse(model, layers)                              # from here on: same results up to rounding
     ...backward...
     add_penalty_gradients(layers, gamma)             # instead of adalora.add_penalty_gradients
 
-Nothing needs this file; without it everything works, on the plain forms. Each function names its own, and
-tests/formulas/test_fused.py holds the two together.
+Optional: without this file, and without the blocks of run_glue.py and tools/finished.py that import it, the
+plain forms are used. Each function names its own; tests/formulas/test_fused.py holds the two together.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ from adalora import LoRALinear, SVDLinear, add_low_rank
 def fuse(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     """Give the adapters of `model` the forward pass below. Plain form: SVDLinear.forward, LoRALinear.forward.
 
-    Second derivatives are a RuntimeError. One thread at a time can use the model.
+    Raises RuntimeError in a backward pass with create_graph=True. One thread at a time can use the model.
     """
     svd = [layer for layer in layers.values() if isinstance(layer, SVDLinear)]
     for layer in layers.values():
@@ -97,7 +97,8 @@ class Scaled(NamedTuple):
 
 
 def scaled_factor(layer: SVDLinear) -> Scaled:
-    """What the model's forward pass has made for this layer; or its own, where that cannot serve."""
+    """What ScaleTogether has made for this layer; or its own, outside the model's forward pass, under
+    activation checkpointing, or where gradients have been switched on or off since."""
     wanted = torch.is_grad_enabled() and (layer.P.requires_grad or layer.lam.requires_grad)
     if layer.scaled is None or layer.scaled.B.requires_grad != wanted or _in_checkpoint():
         return scale([layer])[0]
@@ -141,8 +142,7 @@ class ScaleTogether:
 def add_penalty_gradients(layers: Mapping[str, nn.Module], gamma: float, squared: bool = False) -> None:
     """Add γ·∂R/∂P and γ·∂R/∂Q to the gradients. Plain form: adalora.add_penalty_gradients.
 
-    With E = PᵀP − I the gradient of ‖E‖² is 4PE and that of ‖E‖ is 2PE/‖E‖, 0 where E is 0; with E = QQᵀ − I
-    they are 4EQ and 2EQ/‖E‖. All P, and all Q, of one shape are one batch.
+    All P, and all Q, of one shape are one batch. R is the mean of the norms over all `matrices`, or a sum.
     """
     stacks = defaultdict(list)
     for layer in layers.values() if gamma else ():
@@ -150,20 +150,27 @@ def add_penalty_gradients(layers: Mapping[str, nn.Module], gamma: float, squared
             p = getattr(layer, part)
             stacks[part, p.shape, p.dtype, p.device].append(p)
     matrices = sum(map(len, stacks.values()))
-    params, grads = [], []
+    weight = gamma if squared else gamma / max(matrices, 1)
     for (part, *_), same in stacks.items():
-        X = torch.stack(same)  # (n, d_out, r) or (n, r, d_in)
-        left, right = (X.mT, X) if part == "P" else (X, X.mT)
-        I = torch.eye(left.shape[1], dtype=X.dtype, device=X.device).expand(len(same), -1, -1)
-        E = torch.baddbmm(I, left, right, beta=-1)
-        if not squared:
-            tiny = torch.finfo(E.dtype).tiny
-            E = E / torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True).clamp_min(tiny)
-        params += same
-        grads += (X @ E if part == "P" else E @ X).unbind()
-    moving = [(p, grad) for p, grad in zip(params, grads, strict=True) if p.requires_grad]
-    for p, _ in moving:
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-    if moving:
-        alpha = gamma * (4 if squared else 2 / matrices)
-        torch._foreach_add_([p.grad for p, _ in moving], [grad for _, grad in moving], alpha=alpha)
+        gradient = norm_gradient(torch.stack(same), part, squared)
+        moving = [(p, grad) for p, grad in zip(same, gradient.unbind(), strict=True) if p.requires_grad]
+        for p, _ in moving:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if moving:
+            torch._foreach_add_([p.grad for p, _ in moving], [grad for _, grad in moving], alpha=weight)
+
+
+def norm_gradient(X: Tensor, part: str, squared: bool) -> Tensor:
+    """∂‖E‖/∂P = 2PE/‖E‖ with E = PᵀP − I, ∂‖E‖/∂Q = 2EQ/‖E‖ with E = QQᵀ − I; 0 where E is 0.
+
+    `squared`: of ‖E‖², 4PE and 4EQ. Shapes: X (n, d_out, r) for "P", (n, r, d_in) for "Q"; so the result.
+    """
+    left, right = (X.mT, X) if part == "P" else (X, X.mT)
+    I = torch.eye(left.shape[1], dtype=X.dtype, device=X.device).expand(len(X), -1, -1)
+    E = torch.baddbmm(I, left, right, beta=-1)
+    if squared:
+        E = 4 * E
+    else:
+        norm = torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True)
+        E = 2 * E / norm.clamp_min(torch.finfo(E.dtype).tiny)
+    return X @ E if part == "P" else E @ X

@@ -1,4 +1,4 @@
-"""IVON: the optimizer that has a posterior. A drop-in for the public `ivon-opt`.
+"""IVON: the optimizer that has a posterior. Constructor and blocks are those of the public `ivon-opt`.
 
     opt = IVON(model.parameters(), lr=0.4, ess=len(train_set))
     for x, y in batches:
@@ -7,8 +7,8 @@
         opt.step()                              # several blocks before a step: their average
 
 The posterior is q(θ) = N(m, diag(σ²)) with σ² = 1/(ess·(h + δ)). Outside a sampled block the parameters are
-the mean m. `state[p]` holds the momentum `g` and the Hessian estimate `h` of a parameter. Nothing here waits
-for the device.
+the mean m. `state[p]` holds the momentum `g` and the Hessian estimate `h` of a parameter. No operation
+synchronises with the device.
 
 [S] Shen et al., "Variational Learning is Effective for Large Deep Networks", ICML 2024.
 """
@@ -36,15 +36,24 @@ def draw_(theta: Tensor, deviation: Tensor, m: Tensor, sigma: Tensor, tau: float
     torch.add(m, deviation, out=theta)
 
 
-def estimate_hessian_(product: Tensor, precision: Tensor, ess: float, price: bool) -> Tensor:
-    """ĥ = ĝ·(θ − m)/σ² (Price's theorem) of the product ĝ·(θ − m), or ĥ = ess·ĝ² of the product ĝ²."""
-    return product.mul_(ess).mul_(precision) if price else product.mul_(ess)  # 1/σ² = ess·(h + δ)
+def price_estimate_(product: Tensor, precision: Tensor, ess: float) -> Tensor:
+    """ĥ = ĝ·(θ − m)/σ² with 1/σ² = ess·(h + δ). `product` is ĝ·(θ − m), and becomes ĥ."""
+    return product.mul_(ess).mul_(precision)
+
+
+def gradsq_estimate_(product: Tensor, ess: float) -> Tensor:
+    """ĥ = ess·ĝ². `product` is ĝ², and becomes ĥ."""
+    return product.mul_(ess)
 
 
 def update_hessian_(h: Tensor, h_hat: Tensor, precision: Tensor, beta2: float) -> None:
-    """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ): positive, whatever ĥ is. Uses up `h_hat`."""
+    """h ← β2 h + (1 − β2) ĥ + ½(1 − β2)²(h − ĥ)²/(h + δ).
+
+    The last term keeps h + δ at half its old value or more, whatever ĥ is, so σ stays real. Uses up `h_hat`.
+    """
     change = h_hat.sub_(h).mul_(1 - beta2)  # (1 − β2)(ĥ − h)
-    h.add_(change).addcdiv_(change.square_(), precision, value=0.5)
+    h.add_(change)
+    h.addcdiv_(change.square_(), precision, value=0.5)  # + ½(1 − β2)²(h − ĥ)²/(h + δ)
 
 
 def update_mean_(m: Tensor, g_bar: Tensor, precision: Tensor, delta: float, alpha: float, xi: float) -> None:
@@ -68,7 +77,7 @@ class Flat:
         # Sums over the blocks since the last step, then means: ĝ, and ĝ·(θ − m) or ĝ².
         self.estimates = torch.zeros(2, len(self.h), dtype=self.h.dtype, device=self.h.device)
         self.g_hat, self.product = self.estimates
-        self.blocks = 0  # that are summed up
+        self.blocks = 0  # how many are in these sums
         names = ("g", "h", "m", "theta", "deviation", "g_hat", "product")
         self.views = {name: self._views(getattr(self, name)) for name in names}
         for state, g, h in zip(states, self.views["g"], self.views["h"], strict=True):
@@ -79,14 +88,14 @@ class Flat:
         return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
 
     def is_current(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
-        """Whether these parameters' h are still our views: not loaded, not replaced, not of another shape."""
+        """Whether each `state["h"]` is still our view; loading, replacing or reshaping ends that."""
         h_views = self.views["h"]
         return len(params) == len(h_views) and all(
             state.get("h") is h and p.shape == h.shape
             for p, state, h in zip(params, states, h_views, strict=True)
         )
 
-    def note_mean(self) -> None:
+    def save_mean(self) -> None:
         torch._foreach_copy_(self.views["m"], self.params)
 
     def draw(self, temperature: float) -> None:
@@ -119,19 +128,20 @@ class Flat:
         if group["sync"] and dist.is_initialized():
             dist.all_reduce(self.estimates)
             self.estimates.div_(dist.get_world_size())
-        precision, g_bar = self.theta, self.deviation  # in the memory of the draw, which is over
+        precision, g_bar = self.theta, self.deviation  # the draw's buffers, which are no longer needed
         g.lerp_(self.g_hat, 1 - beta1)  # g ← β1 g + (1 − β1) ĝ
         torch.add(h, delta, out=precision)
-        h_hat = estimate_hessian_(self.product, precision, ess, self.price)
+        price, product = self.price, self.product
+        h_hat = price_estimate_(product, precision, ess) if price else gradsq_estimate_(product, ess)
         update_hessian_(h, h_hat, precision, beta2)
         torch.add(h, delta, out=precision)
         torch.div(g, 1 - beta1 ** group["step"] if group["debias"] else 1, out=g_bar)  # ḡ = g/(1 − β1^t)
         alpha = group["lr"] * (group["hess_init"] + delta if group["rescale_lr"] else 1)
-        self.note_mean()
+        self.save_mean()
         update_mean_(m, g_bar, precision, delta, alpha, group["clip_radius"])
         self.restore_mean()
         for p, grad in zip(self.params, self.views["g_hat"], strict=True):
-            p.grad = grad
+            p.grad = grad  # for whoever scores by it
 
 
 class IVON(torch.optim.Optimizer):
@@ -140,7 +150,7 @@ class IVON(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them, which can differ in every setting but mc_samples and sync.
         lr: step size; α = lr·(h0 + δ) with `rescale_lr`, else α = lr.
-        ess: effective sample size λ; in the papers that of the training set. Larger: a narrower posterior.
+        ess: effective sample size (λ in [S]), in the papers the training set's. Larger: a narrower posterior.
         hess_init: h0 > 0. Larger: a narrower posterior at the start.
         beta1: decay of the gradient's average g.
         beta2: decay of the Hessian's average h. Its memory is 1/(1 − beta2) steps: for σ to become
@@ -161,23 +171,22 @@ class IVON(torch.optim.Optimizer):
         beta2: float = 0.99999, weight_decay: float = 1e-4, mc_samples: int = 1, hess_approx: str = "price",
         clip_radius: float = inf, sync: bool = False, debias: bool = True, rescale_lr: bool = True,
     ):  # fmt: skip
-        names = "lr ess hess_init beta1 beta2 weight_decay mc_samples hess_approx clip_radius sync debias "
-        names += "rescale_lr"
-        given = locals()
-        super().__init__(params, {name: given[name] for name in names.split()} | {"step": 0})
-        self._forget_vectors()
+        defaults = {"lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2, "step": 0}
+        defaults |= {"weight_decay": weight_decay, "mc_samples": mc_samples, "hess_approx": hess_approx}
+        defaults |= {"clip_radius": clip_radius, "sync": sync, "debias": debias, "rescale_lr": rescale_lr}
+        super().__init__(params, defaults)
+        self._drop_vectors()
 
     def add_param_group(self, param_group: dict) -> None:
         s = self.defaults | param_group
-        possible = {"lr": s["lr"] >= 0, "ess": s["ess"] > 0, "hess_init": s["hess_init"] > 0}
-        possible |= {"beta1": 0 <= s["beta1"] < 1, "beta2": 0 <= s["beta2"] <= 1}
-        possible |= {"weight_decay": s["weight_decay"] >= 0, "clip_radius": s["clip_radius"] > 0}
-        possible |= {
-            "mc_samples": s["mc_samples"] >= 1,
+        in_range = {
+            "lr": s["lr"] >= 0, "ess": s["ess"] > 0, "hess_init": s["hess_init"] > 0,
+            "beta1": 0 <= s["beta1"] < 1, "beta2": 0 <= s["beta2"] <= 1, "clip_radius": s["clip_radius"] > 0,
+            "weight_decay": s["weight_decay"] >= 0, "mc_samples": s["mc_samples"] >= 1,
             "hess_approx": s["hess_approx"] in ("price", "gradsq"),
-        }
-        for name in possible:
-            if not possible[name]:
+        }  # fmt: skip
+        for name in in_range:
+            if not in_range[name]:
                 raise ValueError(f"IVON cannot work with {name} = {s[name]}")
         super().add_param_group(param_group)
 
@@ -202,7 +211,7 @@ class IVON(torch.optim.Optimizer):
         trained = [p for flat in flats for p in flat.params] if train else []
         with torch.no_grad():
             for flat in flats:
-                flat.note_mean()
+                flat.save_mean()
         self._sampled = True
         try:
             with torch.no_grad():
@@ -250,7 +259,7 @@ class IVON(torch.optim.Optimizer):
         return loss
 
     def discard_samples(self) -> None:
-        """Forget the training blocks since the last step: for a step that is skipped, by a GradScaler say."""
+        """Forget the training blocks since the last step, whose step is skipped (by a GradScaler, say)."""
         self._lost = False
         for flat in self._flats.values():
             flat.blocks = 0
@@ -261,27 +270,28 @@ class IVON(torch.optim.Optimizer):
 
     @torch.no_grad()
     def sigmas(self, params: Collection[Tensor]) -> list[Tensor]:
-        """`sigma` of many parameters, in few operations."""
+        """`sigma` of many parameters, in few operations. Plain form: `posterior_sigma`, one by one."""
         asked, found = set(params), {}
         for group in self.param_groups:
             if own := [p for p in group["params"] if p in asked]:
                 h = [self._state(p, group)["h"] for p in own]
                 precision = torch._foreach_add(h, group["weight_decay"])
                 torch._foreach_mul_(precision, group["ess"])
-                torch._foreach_rsqrt_(precision)  # σ = 1/√(ess·(h + δ)), as `posterior_sigma`
+                torch._foreach_rsqrt_(precision)  # σ = 1/√(ess·(h + δ))
                 found.update(zip(own, precision, strict=True))
         if len(found) < len(asked):
             raise ValueError("sigma was asked for a tensor that is not a parameter of this optimizer")
         return [found[p] for p in params]
 
     def __setstate__(self, state: dict) -> None:
-        """Also what `load_state_dict`, copying and unpickling end with: vectors are gathered anew."""
+        """Called by `load_state_dict`, deepcopy and unpickling."""
         super().__setstate__(state)
-        self._forget_vectors()
+        self._drop_vectors()
 
-    def _forget_vectors(self) -> None:
+    def _drop_vectors(self) -> None:
         self._flats: dict[tuple, Flat] = {}  # by group, device and dtype
-        self._sampled = self._lost = False  # inside a block; blocks of parameters that were changed since
+        self._sampled = False  # whether inside a block
+        self._lost = False  # whether parameters have changed since a block whose step is still to come
 
     def _state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         state = self.state[p]
@@ -294,7 +304,7 @@ class IVON(torch.optim.Optimizer):
         return state
 
     def _gather(self) -> list[Flat]:
-        """The trainable parameters as vectors; made anew where their state is not our views any more."""
+        """The trainable parameters as vectors: those of the last call where they are still current."""
         kept = {}
         for i, group in enumerate(self.param_groups):
             buckets = defaultdict(list)

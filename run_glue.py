@@ -2,13 +2,13 @@
 
     python run_glue.py --demo                                           # embedded model and data, a minute
     python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
-    python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA's own way
+    python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA as published
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
     python run_glue.py --task cola --optimizer ivon --score mu --resume       # continue this run
     torchrun --nproc_per_node 2 run_glue.py --task cola --optimizer ivon --score mu     # on two GPUs
 
-Settings that are not given are the papers' for the task (harness/glue.py). What a run leaves behind, and what
-to do with it, is in docs/running.md.
+Flags that are not given take the papers' values for the task (harness/glue.py). What a run leaves behind, and
+what to do with it: docs/running.md.
 
 Exit status: 0 done; 2 a usage or input error; 3 something was not finite; 130 interrupted, 143 terminated (a
 checkpoint is kept).
@@ -69,7 +69,7 @@ def train(settings: Settings) -> None:
             print(f"the run in {settings.output_dir} is finished")
             return
 
-        # [C] Algorithm 1
+        # [C] Algorithm 1 (Chen and Garner; beside the paper's in docs/method.md)
         for t in run.updates():
             lr = learning_rate(t, settings)
             for group in optimizer.param_groups:

@@ -40,7 +40,7 @@ def snr_abs(mu: Tensor, sigma: Tensor) -> Tensor:
 
     By definition it is E|θ| / sqrt(σ² + μ² − (E|θ|)²) with E|θ| = μ(2Φ(μ/σ) − 1) + (2σ/√(2π))·exp(−μ²/2σ²), a
     difference of nearly equal numbers where |μ| ≫ σ. With x = |μ|/σ and
-    δ = E|θ|/σ − x = √(2/π)·exp(−x²/2) − x·erfc(x/√2) ≥ 0 the same quantity is (x + δ) / sqrt(1 − 2xδ − δ²),
+    e = E|θ|/σ − x = √(2/π)·exp(−x²/2) − x·erfc(x/√2) ≥ 0 the same quantity is (x + e) / sqrt(1 − 2xe − e²),
     in which nothing large cancels: float32 is within 1e-6 of the exact value for every x. It is 1.3236 at
     x = 0 and tends to x.
 
@@ -48,8 +48,8 @@ def snr_abs(mu: Tensor, sigma: Tensor) -> Tensor:
     """
     x = snr(mu, sigma)
     z = x.clamp(max=40.0)  # exp(−z²/2) is 0 from here on, in float64 too; an infinite x would give 0·inf
-    delta = math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z) - z * torch.special.erfc(z * math.sqrt(0.5))
-    return (x + delta) / torch.sqrt(1 - 2 * z * delta - delta * delta)
+    e = math.sqrt(2 / math.pi) * torch.exp(-0.5 * z * z) - z * torch.special.erfc(z * math.sqrt(0.5))
+    return (x + e) / torch.sqrt(1 - 2 * z * e - e * e)
 
 
 def sensitivity(theta: Tensor, grad: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class SensitivityEMA:
 
         Ī ← β1 Ī + (1 − β1) I,    Ū ← β2 Ū + (1 − β2)|I − Ī| (Ī already updated),    s(θ) = Ī·Ū
 
-    Both start at 0. Each tensor that is followed has a key of the caller's choosing. Source: [A] eq. 9–11.
+    Both start at 0. Tensors are identified by a key of the caller's choosing. Source: [A] eq. 9–11.
     """
 
     def __init__(self, beta1: float = 0.85, beta2: float = 0.85):

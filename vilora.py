@@ -42,7 +42,7 @@ class Posterior(Protocol):
 class RankAllocator:
     """Scores every triplet and keeps the b(t) best of the whole model; the others' λ becomes 0.
 
-    Source: [A] algorithm 1, with the scores of [C]. Until the last allocation, at t = T − t_f, λ keeps its
+    Source: algorithm 1 of [A] and [C]. Until the last allocation, at t = T − t_f, λ keeps its
     gradient, so a dropped triplet can come back; then the dropped ones are taken out of P, λ, Q and of the
     optimizer's state of them.
 
@@ -51,8 +51,8 @@ class RankAllocator:
         score: a name in SCORES.
         optimizer: any torch optimizer over P, λ and Q; a score that needs σ wants a `Posterior`.
         beta1, beta2: of the smoothed sensitivity.
-        track: at each allocation leave in `tracked` its "step" and "budget", the "scores" before it by name,
-            as many as can be computed, and "sigma_cv", the coefficient of variation of σ over all entries.
+        track: at each allocation set `tracked` to a dict of its "step" and "budget", the "scores" before
+            pruning (every computable one, by name) and "sigma_cv", σ's coefficient of variation.
 
     Raises ValueError for adapters without P, λ and Q, an unknown score, one that cannot be computed, a budget
     above the number of triplets, or optimizer state that cannot be cut.
@@ -86,7 +86,7 @@ class RankAllocator:
     def step(self, t: int) -> None:
         """After the optimizer's step of update t (counted from 1), while `p.grad` is still there."""
         if self.smoothing and t <= self.budget.last_allocation:
-            for key, layers in self._same_shape().items():
+            for key, layers in self._by_shape().items():
                 for part in PARTS:
                     self.ema.update((*key, part), *_stacked(layers, part, grad=True))
         if self.budget.due(t):
@@ -105,12 +105,12 @@ class RankAllocator:
     def scores(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Every triplet's score now, (n,) by name of the score; triplets in the order of the adapters.
 
-        KeyError for the smoothed sensitivity where no step has followed it.
+        KeyError for `sensitivity` before the first `step`.
         """
         found = {}
         for name in names:
             of_layer = {}
-            for key, layers in self._same_shape().items():  # scored as one stack: (n, d_out, r), (n, r), …
+            for key, layers in self._by_shape().items():  # scored as one stack: (n, d_out, r), (n, r), …
                 s = [self._elementwise(name, (*key, part), layers) for part in PARTS]
                 of_layer.update(zip(layers, SCORES[name].triplet(*s), strict=True))
             S = [of_layer[layer] for layer in self.layers.values()]
@@ -140,7 +140,7 @@ class RankAllocator:
         sigma = torch.cat([x.flatten() for part in PARTS for x in self._sigmas(layers, part)])
         return sigma.std(correction=0) / sigma.mean() if sigma.numel() else None
 
-    def _same_shape(self) -> dict[tuple[int, int, int], list[SVDLinear]]:
+    def _by_shape(self) -> dict[tuple[int, int, int], list[SVDLinear]]:
         """The adapters by shape, (d_out, r, d_in)."""
         groups = defaultdict(list)
         for layer in self.layers.values():
