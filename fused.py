@@ -144,8 +144,10 @@ def add_penalty_gradients(layers: Mapping[str, nn.Module], gamma: float, squared
 
     All P, and all Q, of one shape are one batch. R is the mean of the norms over all `matrices`, or a sum.
     """
+    if not gamma:
+        return
     stacks = defaultdict(list)
-    for layer in layers.values() if gamma else ():
+    for layer in layers.values():
         for part in ("P", "Q") if isinstance(layer, SVDLinear) else ():
             p = getattr(layer, part)
             stacks[part, p.shape, p.dtype, p.device].append(p)

@@ -27,20 +27,21 @@ HUB_SECONDS = 3  # how long the Hub may take to answer at all
 # ---- the papers' settings ------------------------------------------------------------------------------
 
 # fmt: off
-COLUMNS = ("max_length", "epochs", "adamw.lr", "adamw.warmup_steps", "ivon.lr", "ivon.warmup_steps",
-           "ivon.first_lr", "ivon.first_steps", "alpha", "orth", "tinit", "tfinal", "delta_t", "eval_every")
+COLUMNS = ("train_size", "max_length", "epochs", "adamw.lr", "adamw.warmup_steps", "ivon.lr",
+           "ivon.warmup_steps", "ivon.first_lr", "ivon.first_steps", "alpha", "orth", "tinit", "tfinal",
+           "delta_t", "eval_every")
 TABLE = {
-    # length, epochs | AdamW lr, warm-up | IVON lr, warm-up, first phase | alpha, γ | t_i, t_f, ΔT | evaluate
-    "cola": ( 64, 25, 8e-4,    100, 0.4, 100, 2.0, 500, 32, 0.1,  800,  3500,  10,  100),
-    "stsb": (128, 25, 2.2e-3,  100, 0.4, 100, 2.0, 500, 32, 0.3,  800,  2000,  10,  100),
-    "mrpc": (320, 30, 1e-3,    100, 0.5, 100, 2.0, 400, 32, 0.1,  600,  1800,   1,  300),
-    "rte":  (320, 50, 1.2e-3,  200, 0.5, 100, 2.0, 400, 32, 0.3,  600,  1800,   1,  100),
-    "sst2": (128, 24, 8e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 6000, 22000, 100, 3000),
-    "qnli": (512,  5, 5e-4,    500, 0.4, 500, 0.0,   0, 32, 0.1, 2000,  8000, 100, 1000),
-    "qqp":  (320,  5, 8e-4,   2000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 25000, 100, 3000),
-    "mnli": (256,  7, 5e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 50000, 100, 2000),
+    # train, length, epochs | AdamW lr, warm-up | IVON's, first phase | alpha, γ | t_i, t_f, ΔT | evaluate
+    "cola": (  8551,  64, 25, 8e-4,    100, 0.4, 100, 2.0, 500, 32, 0.1,  800,  3500,  10,  100),
+    "stsb": (  5749, 128, 25, 2.2e-3,  100, 0.4, 100, 2.0, 500, 32, 0.3,  800,  2000,  10,  100),
+    "mrpc": (  3668, 320, 30, 1e-3,    100, 0.5, 100, 2.0, 400, 32, 0.1,  600,  1800,   1,  300),
+    "rte":  (  2490, 320, 50, 1.2e-3,  200, 0.5, 100, 2.0, 400, 32, 0.3,  600,  1800,   1,  100),
+    "sst2": ( 67349, 128, 24, 8e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 6000, 22000, 100, 3000),
+    "qnli": (104743, 512,  5, 5e-4,    500, 0.4, 500, 0.0,   0, 32, 0.1, 2000,  8000, 100, 1000),
+    "qqp":  (363846, 320,  5, 8e-4,   2000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 25000, 100, 3000),
+    "mnli": (392702, 256,  7, 5e-4,   1000, 0.4, 500, 0.0,   0, 16, 0.1, 8000, 50000, 100, 2000),
     # The demo's encoder is far smaller than DeBERTaV3: its settings are our own.
-    "demo": ( 64, 12, 2e-3,     50, 2.0,  50, 0.0,   0, 32, 0.1,  100,   350,  10,  100),
+    "demo": (  2400,  64, 12, 2e-3,     50, 2.0,  50, 0.0,   0, 32, 0.1,  100,   350,  10,  100),
 }
 # fmt: on
 # What all tasks have in common, and what goes with a method. IVON's learning rate warms up to first_lr, stays
@@ -54,24 +55,25 @@ FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
 
 
 def published(task: str, method: str, optimizer: str) -> dict[str, Any]:
-    """The settings of a row of the papers' table, by the names of Settings' fields."""
-    row = dict(zip(COLUMNS, TABLE[task], strict=True))
-    common = {name: value for name, value in row.items() if "." not in name}
-    own = {name.split(".")[1]: value for name, value in row.items() if name.startswith(f"{optimizer}.")}
-    settings = common | (IVON if optimizer == "ivon" else ADAMW | ONE_PHASE) | own
-    demo = task == "demo"
+    """The settings of a row of the papers' table, by the names of Settings' fields.
+
+    An optimizer that has no column gets AdamW's.
+    """
+    row, ivon = dict(zip(COLUMNS, TABLE[task], strict=True)), optimizer == "ivon"
+    column = optimizer if f"{optimizer}.lr" in row else "adamw"
+    settings = {name: value for name, value in row.items() if "." not in name}
+    settings |= IVON if ivon else ADAMW | ONE_PHASE
+    settings |= {name.split(".")[1]: value for name, value in row.items() if name.startswith(f"{column}.")}
     if method == "lora":
-        lora_lr = row["adamw.lr"] if demo else 2e-4
-        settings |= {"alpha": 32, **ONE_PHASE, "lr": lora_lr}
-        if optimizer == "ivon":
-            settings |= LORA_IVON | {"lr": None, "largest_step": lora_lr}
+        lr = row["adamw.lr"] if task == "demo" else 2e-4
+        settings |= {"alpha": 32, **ONE_PHASE, "lr": lr}
+        settings |= LORA_IVON | {"lr": None, "largest_step": lr} if ivon else {}
     if method == "full":
-        settings |= ONE_PHASE | ({"weight_decay": 1e-5} if optimizer == "ivon" else {})
-        if not demo:
-            adamw_lr = 1.5e-5 if task == "mnli" else 2e-5
-            settings |= {"lr": 0.1 if optimizer == "ivon" else adamw_lr}
-            settings |= {"epochs": FULL_EPOCHS.get(task, settings["epochs"])}
-    return settings
+        settings |= ONE_PHASE | ({"weight_decay": 1e-5} if ivon else {})
+        if task != "demo":
+            settings["lr"] = 0.1 if ivon else 1.5e-5 if task == "mnli" else 2e-5
+            settings["epochs"] = FULL_EPOCHS.get(task, settings["epochs"])
+    return settings | {"total_steps": settings["epochs"] * math.ceil(row["train_size"] / 32)}
 
 
 # ---- the tasks -----------------------------------------------------------------------------------------
@@ -135,10 +137,11 @@ def load_task(
     return loaded
 
 
-def glue_task(name, folder, size, text, labels=(), written=DIGITS, metric="accuracy", **more) -> Task:
+def glue_task(name, folder, text, labels=(), written=DIGITS, metric="accuracy", **more) -> Task:
     functions = {"load": partial(load_task, name), "metrics": partial(task_metrics, name)}
     functions |= {"settings": partial(published, name)}
     columns = {"text": text, "labels": labels, "written": written}
+    size = TABLE[name][0]
     return Task(name, folder, metric=metric, train_size=size, **columns, **functions, **more)
 
 
@@ -146,18 +149,18 @@ def glue_task(name, folder, size, text, labels=(), written=DIGITS, metric="accur
 MATTHEWS = "matthews_correlation"
 MNLI_SPLITS = ("validation_matched", "validation_mismatched")
 TASKS = {task.name: task for task in (
-    glue_task("cola", "CoLA", 8551, ("sentence",), ("unacceptable", "acceptable"), metric=MATTHEWS),
-    glue_task("sst2", "SST-2", 67349, ("sentence",), ("negative", "positive")),
-    glue_task("mrpc", "MRPC", 3668, PAIR, ("not_equivalent", "equivalent")),
-    glue_task("stsb", "STS-B", 5749, PAIR, written=(), metric="pearson_spearman"),
-    glue_task("qqp", "QQP", 363846, ("question1", "question2"), ("not_duplicate", "duplicate")),
-    glue_task("mnli", "MNLI", 392702, ("premise", "hypothesis"), NLI, NLI, validation=MNLI_SPLITS),
-    glue_task("qnli", "QNLI", 104743, ("question", "sentence"), ENTAILED, ENTAILED),
-    glue_task("rte", "RTE", 2490, PAIR, ENTAILED, ENTAILED),
+    glue_task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), metric=MATTHEWS),
+    glue_task("sst2", "SST-2", ("sentence",), ("negative", "positive")),
+    glue_task("mrpc", "MRPC", PAIR, ("not_equivalent", "equivalent")),
+    glue_task("stsb", "STS-B", PAIR, written=(), metric="pearson_spearman"),
+    glue_task("qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate")),
+    glue_task("mnli", "MNLI", ("premise", "hypothesis"), NLI, NLI, validation=MNLI_SPLITS),
+    glue_task("qnli", "QNLI", ("question", "sentence"), ENTAILED, ENTAILED),
+    glue_task("rte", "RTE", PAIR, ENTAILED, ENTAILED),
 )}
 # fmt: on
 # The embedded data of demo/ are in CoLA's format.
-DEMO = replace(TASKS["cola"], train_size=2400, settings=partial(published, "demo"))
+DEMO = replace(TASKS["cola"], train_size=TABLE["demo"][0], settings=partial(published, "demo"))
 
 
 # ---- the files -----------------------------------------------------------------------------------------

@@ -138,8 +138,8 @@ class Run:
 
     def updates(self) -> Iterator[int]:
         """The updates that are left, counted from 1, with a progress bar."""
-        T, done, self.began = self.settings.total_steps, self.progress["step"], time.perf_counter()
-        self.began -= self.progress["seconds"]
+        T, done = self.settings.total_steps, self.progress["step"]
+        self.began = time.perf_counter() - self.progress["seconds"]
         how = {"initial": done, "total": T, "unit": "step", "mininterval": 1, "disable": not self.first}
         self.bar = tqdm(range(done + 1, T + 1), self.settings.task, **how)
         yield from self.bar
@@ -197,9 +197,9 @@ class Run:
         """Remove what is left of another run, or records after the checkpoint's step; write config.json."""
         if anew:
             write_json(self.folder / "next.json", self.config)  # on a full disk the other run stays whole
-            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
-            for name in ("results.json", *EVALUATION, *RECORDS, ADAPTER, POSTERIOR):
+            for name in ("results.json", "config.json", *EVALUATION, *RECORDS, ADAPTER, POSTERIOR):
                 (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
             os.replace(self.folder / "next.json", self.folder / "config.json")
         else:
             for name in RECORDS:

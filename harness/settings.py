@@ -21,6 +21,7 @@ from harness import glue, processes
 from harness.task import EndsRun, Task, UsageError
 from scores import SCORES
 
+OPTIMIZERS = {"ivon": True, "adamw": False}  # by name, whether it has a posterior
 TASKS: dict[str, Task] = {**glue.TASKS}
 METHODS = ("adalora", "lora", "full")
 MODEL = "microsoft/deberta-v3-base"
@@ -72,7 +73,7 @@ adapters = partial(setting, "adapters", only=("adalora", "lora"))
 adalora, evaluation = partial(setting, "AdaLoRA", only=("adalora",)), partial(setting, "evaluation")
 machine, derived = partial(setting, "device and files"), partial(setting, None)
 SCORE_HELP = "; ".join(f"{name}: {score.about}" for name, score in SCORES.items())
-TARGETS_HELP = "ends of linear maps' names (the architecture's own)"
+TARGETS_HELP = "module-name suffixes to adapt (the architecture's own)"
 FOLDER = "(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)"
 
 
@@ -83,25 +84,25 @@ class Settings:
     # fmt: off
     task: str | None = run(None, IDENTITY, None, "required unless --demo", choices=list(TASKS))
     method: str = run("adalora", IDENTITY, None, "full: no adapters", choices=METHODS)
-    optimizer: str = run("ivon", IDENTITY, choices=["ivon", "adamw"])
+    optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
     model: str | None = run(None, NOTHING, None, f"a Hub name or a local checkpoint folder ({MODEL})")
     data_dir: Path | None = run(None, NOTHING, Path, "a folder in GLUE's own layout (the Hub's copy)")
     demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
     seed: int = run(2021, IDENTITY, whole(0), "of everything random")
-    epochs: float | None = run(None, NOTHING, positive, "(the task's, as all without a default here)")
+    epochs: float | None = run(None, NOTHING, positive, "set by the task, like every flag without a default")
     max_steps: int | None = run(None, NOTHING, count, "updates in all, instead of epochs")
     batch_size: int = run(32, SHAPE, count, "examples in a forward pass")
     grad_accum: int = run(1, SHAPE, count, "forward passes in an update")
     group_by_length: bool = run(False, SHAPE, None, "batches of examples of like length: less padding")
     max_length: int | None = run(None, SHAPE, whole(4), "tokens")
-    lr: float | None = run(None, IDENTITY, positive, "peak of one warm-up and decay (IVON: no first phase)")
+    lr: float | None = run(None, IDENTITY, positive, "peak: one warm-up, one linear decay")
     weight_decay: float | None = run(None, IDENTITY, number(0), "of AdamW, or IVON's δ")
     mc_samples: int | None = ivon(None, IDENTITY, count, "draws in an update (1)")
     ess: float | None = ivon(None, IDENTITY, positive, "effective sample size (training examples; LoRA 1e10)")
     hess_init: float | None = ivon(None, IDENTITY, positive, "h0 (1; LoRA 1e-4)")
     beta2: float | None = ivon(None, IDENTITY, number(0, most=1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
     clip_radius: float | None = ivon(None, IDENTITY, positive, "ξ (0.001)")
-    target_rank: float | None = adapters(None, IDENTITY, number(0), "average rank kept, or a fraction (2)")
+    target_rank: float | None = adapters(None, IDENTITY, number(0), "average rank kept, or fraction (2)")
     targets: list[str] | None = adapters(None, IDENTITY, None, TARGETS_HELP, nargs="+", metavar="NAME")
     alpha: float | None = adapters(None, IDENTITY, positive, "scale: alpha / rank at the start")
     dropout: float | None = adapters(None, IDENTITY, number(0, most=0.999), "of the adapters' input (0)")
@@ -115,7 +116,7 @@ class Settings:
     track_scores: bool = adalora(False, NUMERICS, None, "record how far the scores agree, at each allocation")
     eval_every: int | None = evaluation(None, SHAPE, count, "updates")
     eval_batch_size: int = evaluation(128, NUMERICS, count)
-    eval_samples: int = evaluation(0, NUMERICS, whole(0), "predictions averaged over so many draws, too")
+    eval_samples: int = evaluation(0, NUMERICS, whole(0), "draws to average predictions over (0: none)")
     temperature: float | None = evaluation(None, NUMERICS, number(0), "τ: draw with variance τσ² (1)")
     device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     bf16: bool = machine(False, NUMERICS, None, "the frozen backbone's products in bfloat16")
@@ -127,6 +128,7 @@ class Settings:
     checkpoint_every: int | None = machine(None, NOTHING, count, "updates between checkpoints (eval_every)")
     # These follow from the others.
     processes: int = derived(1, SHAPE)
+    train_size: int | None = derived(None, SHAPE)
     total_steps: int | None = derived(None, SHAPE)
     warmup_steps: int | None = derived(None, IDENTITY)
     first_lr: float | None = derived(None, IDENTITY)
@@ -173,7 +175,7 @@ class Settings:
                 raise UsageError(f"{kind} {name} has no --{f.name}: leave it out")
         if s.temperature is not None and not s.eval_samples:
             raise UsageError("--temperature is for posterior draws: give --eval_samples N, or leave it out")
-        if s.eval_samples and s.optimizer != "ivon":
+        if s.eval_samples and not OPTIMIZERS[s.optimizer]:
             raise UsageError("--eval_samples needs a posterior: use --optimizer ivon, or leave it out")
         s = replace(s._with_ranks()._with_device(), model=MODEL if s.model is None else s.model)
         s = replace(s, temperature=1.0 if s.temperature is None else s.temperature)
@@ -201,7 +203,7 @@ class Settings:
                 raise UsageError(f"--target_rank {target:g}: with --method lora it is a whole number from 1")
             return replace(self, target_rank=target, init_rank=int(target), dropout=self.dropout or 0.0)
         score, initial = self.score or "mu", self.init_rank
-        if SCORES[score].needs == "sigma" and self.optimizer != "ivon":
+        if SCORES[score].needs == "sigma" and not OPTIMIZERS[self.optimizer]:
             raise UsageError(f"--score {score} needs σ, a posterior: use --optimizer ivon, or another score")
         if initial is None:
             initial = max(math.floor(1.5 * target + 0.5), math.ceil(target))
@@ -223,15 +225,20 @@ class Settings:
         A run that is longer or shorter than the published one has its t_i, t_f, ΔT and the phases of its
         learning rate scaled with it, unless they were given. Raises UsageError for a schedule that cannot be.
         """
-        values = dict(task_of(self).settings(self.method, self.optimizer))
-        values |= {name: value for name, value in vars(self).items() if value is not None}
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        values = {**task_of(self).settings(self.method, self.optimizer), **given}
         per_epoch = math.ceil(train_size / (self.batch_size * self.grad_accum * self.processes))
         T = self.max_steps or math.ceil(values["epochs"] * per_epoch)
-        published = task_of(self).published_steps(self.method, self.optimizer)
+        published = values["total_steps"]
         for name in ("warmup_steps", "first_steps", "tinit", "tfinal", "delta_t"):
             if getattr(self, name) is None:
                 values[name] = values[name] * T // published
-        values |= {"total_steps": T, "epochs": T / per_epoch, "delta_t": max(1, values["delta_t"])}
+        values |= {
+            "train_size": train_size,
+            "total_steps": T,
+            "epochs": T / per_epoch,
+            "delta_t": max(1, values["delta_t"]),
+        }
         if self.optimizer == "ivon":
             values.setdefault("ess", float(train_size))
             if self.lr is not None:
@@ -326,7 +333,7 @@ def exit_status(main: Callable[[], None], program: str) -> int:
     except RuntimeError as error:
         if not processes.another_has_ended(error):
             raise
-        message, status = f"process {processes.rank()} ends: another one has ended", 1
+        return 1  # that one says why
     except KeyboardInterrupt:
         message, status = "interrupted", 130
     else:

@@ -1,6 +1,5 @@
 """What a task is: its reader, columns, labels, metrics and settings."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +23,9 @@ class Task:
         columns `text`, "label" (class index, or for regression a float; −1 where there is none) and "idx".
     labels: class names in the order of their indices; none for regression.
     metrics: (predictions (n,), labels (n,)) → numbers by name, among them `metric`, which decides.
-    settings: (method, optimizer) → published values by the names of Settings' fields; steps are updates of 32
-        examples, and scale with a run's length.
-    train_size: the examples that those steps are for.
+    settings: (method, optimizer) → published values by the names of Settings' fields. Steps, "total_steps"
+        among them, are those of the published run, and scale with a run's length.
+    train_size: examples in train, to know a run's length before the data are loaded.
     validation: splits to evaluate on, the one that decides first.
     written: what a prediction file writes for each label.
     """
@@ -53,7 +52,3 @@ class Task:
     def outputs(self) -> int:
         """How many numbers the model's head gives."""
         return len(self.labels) or 1
-
-    def published_steps(self, method: str, optimizer: str) -> int:
-        """T, the updates of the published run."""
-        return self.settings(method, optimizer)["epochs"] * math.ceil(self.train_size / 32)

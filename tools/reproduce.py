@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from harness import glue
 from harness.encoder import TARGETS
 from harness.files import read_tensors
 from harness.metrics import rank_table
@@ -119,7 +120,8 @@ def published(config: Mapping[str, Any]) -> Settings:
     given = {name: config[name] for name in names if config.get(name) is not None}
     place = {"demo": True} if config["demo"] else {"task": config["task"]}
     s = Settings(**place, **given, max_steps=config["total_steps"], device="cpu").completed()
-    return replace(s, processes=config.get("processes", 1)).resolve(task_of(s).train_size)
+    size = config.get("train_size") or task_of(s).train_size
+    return replace(s, processes=config.get("processes", 1)).resolve(size)
 
 
 def departures(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -542,7 +544,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
     commands = verbs.add_parser("commands", help="the grid, a run_glue.py command a line")
-    commands.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    commands.add_argument("--tasks", nargs="+", choices=TASKS, default=list(glue.TASKS))
     commands.add_argument("--seeds", nargs="+", type=whole(0), default=SEEDS)
     commands.add_argument("--ranks", nargs="+", type=number(0), default=(2, 4))
     commands.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -408,7 +408,8 @@ def test_a_task_of_ones_own_needs_a_task_and_nothing_else(
     def hits(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
         return {"hits": float((predictions == labels).sum())}
 
-    published = glue.published("rte", "adalora", "ivon") | {"epochs": 2, "tinit": 5, "tfinal": 10}
+    own = {"epochs": 2, "tinit": 5, "tfinal": 10, "total_steps": 20}
+    published = glue.published("rte", "adalora", "ivon") | own
     colours = Task(
         "colours", "", load, ("question",), ("red", "green", "blue"), hits, "hits", lambda *_: published, 320
     )
@@ -418,7 +419,7 @@ def test_a_task_of_ones_own_needs_a_task_and_nothing_else(
     config, results, records = read(tmp_path / "run")
     assert (results["task"], results["metric"]) == ("colours", "hits")
     assert config["total_steps"] == 2 * 8
-    assert config["tinit"] == 5 * 16 // 20  # 320 examples are 10 updates of 32, two epochs 20
+    assert config["tinit"] == 5 * 16 // 20  # of the 20 updates that the settings are for
     assert results["best"]["hits"] == max(record["hits"] for record in records if "split" in record)
 
 

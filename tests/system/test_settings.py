@@ -216,7 +216,7 @@ def test_resolving_keeps_whatever_was_given(chosen: dict, task: str):
 def test_the_papers_own_run_has_the_papers_own_settings(task: str):
     s, paper = of_run(task=task), glue.published(task, "adalora", "ivon")
     assert {name: getattr(s, name) for name in paper} == paper
-    assert s.total_steps == glue.TASKS[task].published_steps("adalora", "ivon")
+    assert s.total_steps == glue.TASKS[task].settings("adalora", "ivon")["total_steps"]
     assert s.ess == glue.TASKS[task].train_size
     assert (s.init_rank, s.target_rank, s.score, s.batch_size) == (3, 2, "mu", 32)
 
