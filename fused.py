@@ -152,27 +152,29 @@ def add_penalty_gradients(layers: Mapping[str, nn.Module], gamma: float, squared
             p = getattr(layer, part)
             stacks[part, p.shape, p.dtype, p.device].append(p)
     matrices = sum(map(len, stacks.values()))
-    weight = gamma if squared else gamma / max(matrices, 1)
+    params, grads = [], []
     for (part, *_), same in stacks.items():
-        gradient = norm_gradient(torch.stack(same), part, squared)
-        moving = [(p, grad) for p, grad in zip(same, gradient.unbind(), strict=True) if p.requires_grad]
-        for p, _ in moving:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if moving:
-            torch._foreach_add_([p.grad for p, _ in moving], [grad for _, grad in moving], alpha=weight)
+        half = half_norm_gradient(torch.stack(same), part, squared).unbind()
+        moving = [(p, grad) for p, grad in zip(same, half, strict=True) if p.requires_grad]
+        params += [p for p, _ in moving]
+        grads += [grad for _, grad in moving]
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    if params:
+        weight = 4 * gamma if squared else 2 * gamma / matrices
+        torch._foreach_add_([p.grad for p in params], grads, alpha=weight)
 
 
-def norm_gradient(X: Tensor, part: str, squared: bool) -> Tensor:
-    """∂‖E‖/∂P = 2PE/‖E‖ with E = PᵀP − I, ∂‖E‖/∂Q = 2EQ/‖E‖ with E = QQᵀ − I; 0 where E is 0.
+def half_norm_gradient(X: Tensor, part: str, squared: bool) -> Tensor:
+    """Half of ∂‖E‖/∂P = 2PE/‖E‖ with E = PᵀP − I, or of ∂‖E‖/∂Q = 2EQ/‖E‖ with E = QQᵀ − I; 0 where E is 0.
 
-    `squared`: of ‖E‖², 4PE and 4EQ. Shapes: X (n, d_out, r) for "P", (n, r, d_in) for "Q"; so the result.
+    `squared`: a quarter of ∂‖E‖²/∂P = 4PE, or of 4EQ. Shapes: X and the result (n, d_out, r) for P,
+    (n, r, d_in) for Q.
     """
     left, right = (X.mT, X) if part == "P" else (X, X.mT)
     I = torch.eye(left.shape[1], dtype=X.dtype, device=X.device).expand(len(X), -1, -1)
     E = torch.baddbmm(I, left, right, beta=-1)
-    if squared:
-        E = 4 * E
-    else:
+    if not squared:
         norm = torch.linalg.vector_norm(E, dim=(1, 2), keepdim=True)
-        E = 2 * E / norm.clamp_min(torch.finfo(E.dtype).tiny)
+        E = E / norm.clamp_min(torch.finfo(E.dtype).tiny)
     return X @ E if part == "P" else E @ X
