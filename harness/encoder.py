@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora import HEADS, inject, linear_maps
 from harness.glue import check_hub
@@ -27,9 +28,7 @@ CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
 }
 
 
-def load_encoder(
-    name: str, outputs: int
-) -> tuple[transformers.PreTrainedTokenizerBase, transformers.PreTrainedModel]:
+def load_encoder(name: str, outputs: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Tokenizer, and encoder with a head of `outputs` numbers, in float32.
 
     The head is new and random, and so depends on torch's seed. No code of the checkpoint is run. Raises
@@ -38,17 +37,12 @@ def load_encoder(
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     _check_place(name)
+    # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
+    how = {"num_labels": outputs, "dtype": torch.float32, "ignore_mismatched_sizes": True}
+    how |= {"trust_remote_code": False, "output_loading_info": True}
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name,
-            num_labels=outputs,
-            dtype=torch.float32,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
     except Exception as error:  # a damaged checkpoint makes the libraries raise all sorts of things
         kind = UsageError if Path(name).is_dir() else ConnectionError
         raise kind(f"--model {name} cannot be loaded: {error}") from error
@@ -74,7 +68,7 @@ def _check_place(name: str) -> None:
         check_hub()
 
 
-def default_targets(model: transformers.PreTrainedModel) -> list[str] | None:
+def default_targets(model: PreTrainedModel) -> list[str] | None:
     return TARGETS.get(model.config.model_type)
 
 
@@ -84,27 +78,24 @@ def is_head(name: str) -> bool:
 
 
 def adapt(
-    model: transformers.PreTrainedModel, tokenizer: transformers.PreTrainedTokenizerBase, settings: Settings
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> dict[str, nn.Module]:
     """Put adapters into the model and freeze the rest but its head.
 
     Returns the adapters by name; {} for full fine-tuning, which freezes nothing. Raises UsageError.
     """
     narrow_relative_positions(model)
-    layers, config = {}, model.config
+    layers, config, rank = {}, model.config, settings.init_rank
     if settings.method != "full":
         if settings.targets is None:
             maps = ", ".join(linear_maps(model))
             raise UsageError(f"a {config.model_type} model needs --targets; its linear maps are {maps}")
+        kind, flag = ("svd", "init_rank") if settings.method == "adalora" else ("lora", "target_rank")
         widest = max(min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
-        if settings.init_rank > widest:
-            flag = "init_rank" if settings.method == "adalora" else "target_rank"
-            rank = settings.init_rank
+        if rank > widest:
             raise UsageError(f"--{flag} {rank} is above {widest}, the most a map of this model has")
-        kind = "svd" if settings.method == "adalora" else "lora"
-        rank, alpha, dropout = settings.init_rank, settings.alpha, settings.dropout
         try:
-            layers = inject(model, settings.targets, rank, alpha, dropout, kind)
+            layers = inject(model, settings.targets, rank, settings.alpha, settings.dropout, kind)
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
     for name, p in model.named_parameters():

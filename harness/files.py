@@ -62,11 +62,9 @@ def cut_records(path: Path, step: int) -> None:
     """Keep a JSON-lines file's records up to a step."""
     if not path.exists():
         return
-    lines = [
-        line for line in path.read_text(errors="replace").splitlines(keepends=True) if line.endswith("\n")
-    ]
+    *lines, _half = path.read_text(errors="replace").split("\n")  # nothing, or what a kill has cut short
     try:
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{path} is damaged: remove it, or start again with --overwrite") from None
     write_whole(path, "".join(kept).encode())

@@ -7,6 +7,7 @@ Wang et al., "GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Lan
 2019. The settings are those of Chen and Garner, arXiv 2409.10673, and with AdamW of AdaLoRA, ICLR 2023.
 """
 
+import contextlib
 import logging
 import math
 import threading
@@ -127,9 +128,8 @@ def load_task(
         if splits is None and split.startswith("test") and not path.exists():
             continue
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing: the data folder needs GLUE's own layout, {path.parent.name}/{path.name}"
-            )
+            own = f"{folder.name}/{path.name}"
+            raise FileNotFoundError(f"{path} is missing: the data folder needs GLUE's own layout, {own}")
         examples = list(read_examples(task, path, labelled=not split.startswith("test")))
         if not examples:
             raise UsageError(f"{path} has no examples")
@@ -200,29 +200,25 @@ def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict
     The files are not quoted: a quotation mark is a character like others. A byte-order mark, Windows line
     ends and a missing last line end are all found in copies of GLUE.
     """
-    columns, text = FILE_COLUMNS[task], TASKS[task].text
-    *text_columns, label_column = columns
+    *text_columns, label_column = columns = FILE_COLUMNS[task]
     rows = _rows(path)
     header = COLA_COLUMNS if task == "cola" and labelled else next(rows, (1, []))[1]
     labelled = labelled or label_column in header
     # Without labels the file's own numbers count, in a submission.
     numbers = None if labelled else next((name for name in ("index", "id") if name in header), None)
-    wanted = columns if labelled else text_columns
-    if absent := [column for column in wanted if column not in header]:
-        raise UsageError(
-            f"{path}:1: there is no column {absent[0]!r} in the header, which needs {', '.join(wanted)}"
-        )
+    for column in columns if labelled else text_columns:
+        if column not in header:
+            raise UsageError(f"{path}:1: there is no column {column!r} ({', '.join(header)[:200]})")
     cut_short = 0  # GLUE's qqp has a few rows with a line end in a question; no reader counts them
     for idx, (line, row) in enumerate(rows):
         if task == "qqp" and len(row) < len(header) and not numbers:
             cut_short += 1
             continue
         if len(row) != len(header):
-            raise UsageError(
-                f"{path}:{line}: {len(row)} columns where {len(header)} belong ({', '.join(header)})"
-            )
+            needs = f"{len(header)} belong ({', '.join(header)})"
+            raise UsageError(f"{path}:{line}: {len(row)} columns where {needs}")
         fields = dict(zip(header, row, strict=True))
-        example = dict(zip(text, (fields[column] for column in text_columns), strict=True))
+        example = {name: fields[c] for name, c in zip(TASKS[task].text, text_columns, strict=True)}
         try:
             example["label"] = _label(task, fields[label_column]) if labelled else -1
             number = int(fields[numbers]) if numbers else idx
@@ -247,15 +243,11 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _label(task: str, written: str) -> int | float:
     """A label as the files write it → class index, or for stsb the number. ValueError if it is not one."""
-    allowed = TASKS[task].written
-    if allowed:
+    if allowed := TASKS[task].written:
         if written not in allowed:
-            raise UsageError(f"{written!r} is not a label of {task} ({', '.join(allowed)})")
+            raise ValueError(f"{written!r} is not a label of {task} ({', '.join(allowed)})")
         return allowed.index(written)
-    try:
-        number = float(written)
-    except ValueError:
-        number = math.nan
-    if not 0 <= number <= 5:
-        raise UsageError(f"{written!r} is not a score from 0 to 5")
-    return number
+    with contextlib.suppress(ValueError):
+        if 0 <= float(written) <= 5:
+            return float(written)
+    raise ValueError(f"{written!r} is not a score from 0 to 5")

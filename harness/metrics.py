@@ -24,37 +24,19 @@ def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[s
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or predictions.ndim != 1 or not predictions.size:
-        raise ValueError(
-            f"metrics need as many predictions as labels: {predictions.shape} and {labels.shape}"
-        )
-    if task == "stsb":
+        raise ValueError(f"metrics need predictions and labels (n,), not {predictions.shape}, {labels.shape}")
+    if task in ("cola", "stsb"):
         constant = np.ptp(predictions) == 0 or np.ptp(labels) == 0
-        pearson, spearman = (
-            0.0 if constant else float(correlation(predictions, labels).statistic)
-            for correlation in (scipy.stats.pearsonr, scipy.stats.spearmanr)
-        )
+        pearson = 0.0 if constant else float(scipy.stats.pearsonr(predictions, labels).statistic)
+        if task == "cola":  # of zeros and ones Matthews' correlation is Pearson's
+            return {"matthews_correlation": pearson}
+        spearman = 0.0 if constant else float(scipy.stats.spearmanr(predictions, labels).statistic)
         return {"pearson_spearman": (pearson + spearman) / 2, "pearson": pearson, "spearman": spearman}
-    if task == "cola":
-        return {"matthews_correlation": _matthews(predictions, labels)}
-    accuracy = {"accuracy": float(np.mean(predictions == labels))}
-    return accuracy | {"f1": _f1(predictions, labels)} if task in ("mrpc", "qqp") else accuracy
-
-
-def _confusion(predictions: np.ndarray, labels: np.ndarray) -> tuple[int, int, int, int]:
-    """True positives, false positives, false negatives, true negatives; class 1 is positive."""
-    p, y = predictions == 1, labels == 1
-    return int((p & y).sum()), int((p & ~y).sum()), int((~p & y).sum()), int((~p & ~y).sum())
-
-
-def _matthews(predictions: np.ndarray, labels: np.ndarray) -> float:
-    tp, fp, fn, tn = _confusion(predictions, labels)
-    denominator = (tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)
-    return (tp * tn - fp * fn) / denominator**0.5 if denominator else 0.0
-
-
-def _f1(predictions: np.ndarray, labels: np.ndarray) -> float:
-    tp, fp, fn, _ = _confusion(predictions, labels)
-    return 2 * tp / (2 * tp + fp + fn) if tp else 0.0
+    metrics = {"accuracy": float(np.mean(predictions == labels))}
+    if task in ("mrpc", "qqp"):
+        positive, truly = predictions == 1, labels == 1
+        metrics["f1"] = float(2 * (positive & truly).sum() / max(positive.sum() + truly.sum(), 1))
+    return metrics
 
 
 def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str, float]:
@@ -83,9 +65,7 @@ def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str
     }
 
 
-def reliability(
-    probs: np.ndarray, labels: np.ndarray, bins: int = 10
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def reliability(probs: np.ndarray, labels: np.ndarray, bins: int = 10) -> tuple[np.ndarray, ...]:
     """Of each of `calibration`'s bins: examples, their mean confidence, their accuracy; (bins,) each.
 
     Mean confidence and accuracy of an empty bin are NaN.
@@ -110,17 +90,13 @@ def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[
         k: 0 ≤ k ≤ n.
     """
     S = np.stack(list(scores.values()))
-    ranks = 2 * scipy.stats.rankdata(S, axis=1) - (S.shape[1] + 1)  # around 0, and whole: no rounding below
-    products = ranks @ ranks.T
-    squares = np.outer(products.diagonal(), products.diagonal())
-    spearman = np.divide(products, np.sqrt(squares), where=squares > 0, out=np.full_like(products, np.nan))
-    top = np.zeros_like(S, dtype=np.int64)
-    np.put_along_axis(top, np.argsort(-S, axis=1, kind="stable")[:, :k], 1, axis=1)
-    both = top @ top.T  # sizes of the intersections; two sets of k have 2k − both in their union
+    with np.errstate(invalid="ignore"):
+        spearman = np.corrcoef(scipy.stats.rankdata(S, axis=1))  # NaN where one is constant
+    top = [set(best[:k].tolist()) for best in np.argsort(-S, axis=1, kind="stable")]
     agreement = {"spearman": {}, "jaccard": {}}
     for (i, a), (j, b) in itertools.combinations(enumerate(scores), 2):
-        agreement["spearman"][f"{a}/{b}"] = float(spearman[i, j]) if squares[i, j] else None
-        agreement["jaccard"][f"{a}/{b}"] = float(both[i, j] / (2 * k - both[i, j])) if k else 1.0
+        agreement["spearman"][f"{a}/{b}"] = None if np.isnan(spearman[i, j]) else float(spearman[i, j])
+        agreement["jaccard"][f"{a}/{b}"] = len(top[i] & top[j]) / len(top[i] | top[j]) if k else 1.0
     return agreement
 
 
@@ -139,7 +115,6 @@ def rank_table(ranks: Mapping[str, float]) -> str:
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     lines = ["layer  " + "  ".join(columns)]
     for layer, row in rows.items():
-        cells = [f"{row[column]:g}" if column in row else "" for column in columns]
-        padded = [cell.rjust(len(column)) for cell, column in zip(cells, columns, strict=True)]
-        lines.append(f"{layer:>5}  " + "  ".join(padded))
+        cells = [f"{row[name]:{len(name)}g}" if name in row else " " * len(name) for name in columns]
+        lines.append(f"{layer:>5}  " + "  ".join(cells))
     return "\n".join(lines)

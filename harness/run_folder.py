@@ -58,7 +58,7 @@ from harness.task import EndsRun, UsageError
 HERE = Path(__file__).resolve().parent.parent
 CHECKPOINT = re.compile(r"step-(\d+)-([0-9a-f]{8})\.pt")
 RECORDS = ("metrics.jsonl", "score_agreement.jsonl")
-ADAPTER, POSTERIOR = "adapter/adapter.safetensors", "adapter/posterior.safetensors"
+ADAPTER, POSTERIOR = "adapter/adapter.safetensors", "adapter/posterior.safetensors"  # with the head; its σ
 EVALUATION = ("evaluation.json", "predictions.safetensors")
 FLUSH_EVERY = 50  # updates between two looks at the losses, each of which waits for the device
 RANK_SEEDS = 1_000_003  # between the seeds of two processes
@@ -88,12 +88,7 @@ class Run:
     """
 
     def __init__(
-        self,
-        settings: Settings,
-        model: nn.Module,
-        objects: Mapping[str, Any],
-        evaluate: Callable[[], tuple[dict[str, dict], dict[str, Tensor]]],
-        checksums: Mapping[str, str],
+        self, settings: Settings, model: nn.Module, objects: Mapping, evaluate: Callable, checksums: Mapping
     ):
         self.settings, self.model, self.objects, self.evaluate = settings, model, objects, evaluate
         self.folder, self.task, self.first = settings.output_dir, task_of(settings), processes.rank() == 0
@@ -144,9 +139,7 @@ class Run:
         self.bar = tqdm(range(done + 1, T + 1), self.settings.task, **how)
         yield from self.bar
 
-    def after_update(
-        self, t: int, loss: Tensor, lr: float, budget: int, tracked: dict[str, Any] | None = None
-    ) -> None:
+    def after_update(self, t: int, loss: Tensor, lr: float, budget: int, tracked: dict | None = None) -> None:
         """Record the update; evaluate and write a checkpoint when it is time; stop when a signal has come.
 
         `tracked` is what --track_scores records of an allocation: step, budget, sigma_cv, scores by name.
@@ -159,9 +152,10 @@ class Run:
         if tracked and tracked["step"] == t and self.first:
             self._record_agreement(**tracked)
         stopping = self.signal
-        if evaluating or saving or stopping or len(self.pending) == FLUSH_EVERY:
+        looking = evaluating or saving or stopping
+        if looking or len(self.pending) == FLUSH_EVERY:
             self._write_losses()
-        if evaluating or saving or stopping:
+        if looking:
             self._check_finite(t)
         self.progress |= {"step": t, "seconds": time.perf_counter() - self.began}
         if evaluating:
@@ -179,7 +173,7 @@ class Run:
             budget: triplets at the start and the target.
             parameters: of the adapters, at the start and at the end.
         """
-        p, device = self.progress, self.model.device
+        p = self.progress
         same = ("task", "method", "optimizer", "score", "seed", "demo")
         results = {name: self.config[name] for name in same} | {"metric": self.task.metric}
         results |= {"best": p["best"], "last": p["last"], "ranks": dict(ranks)}
@@ -187,7 +181,7 @@ class Run:
         results |= {"trainable_parameters": parameters[0], "kept_parameters": parameters[1]}
         training = p["seconds"] - p["evaluating"]
         results |= {"seconds": p["seconds"], "steps_per_second": self.settings.total_steps / training}
-        results |= {"peak_memory_mb": peak_memory_mb(device)}
+        results |= {"peak_memory_mb": peak_memory_mb(self.model.device)}
         if self.first:
             write_json(self.folder / "results.json", results)
             shutil.rmtree(self.folder / "checkpoint", ignore_errors=True)
@@ -236,10 +230,8 @@ class Run:
             append(self.folder / "metrics.jsonl", finite)
         if bad := lines[len(finite) :]:
             raise self._not_finite(f"the loss is not finite at step {bad[0]['step']} (lr {bad[0]['lr']:g})")
-        best = self.progress["best"]
-        self.bar.set_postfix(
-            loss=f"{statistics.fmean(losses):.3f}", best=best and f"{best[self.task.metric]:.4f}"
-        )
+        best = self.progress["best"] and f"{self.progress['best'][self.task.metric]:.4f}"
+        self.bar.set_postfix(loss=f"{statistics.fmean(losses):.3f}", best=best)
         self.pending = []
 
     def _check_finite(self, t: int) -> None:
@@ -272,7 +264,10 @@ class Run:
         if self.first:
             append(self.folder / "metrics.jsonl", [{"step": t, "split": n, **f} for n, f in scores.items()])
             if better:
-                save_adapter(self.folder, trained(self.model), sigma, self.settings)
+                (self.folder / "adapter").mkdir(exist_ok=True)
+                for name, tensors in ((ADAPTER, trained(self.model)), (POSTERIOR, sigma)):
+                    if tensors:
+                        write_tensors(self.folder / name, tensors, scale(self.settings))
         self.progress |= {"last": last, "best": last if better else best}
         self.progress["evaluating"] += time.perf_counter() - began
 
@@ -331,10 +326,9 @@ def is_finished(folder: Path) -> bool:
 def check_same(settings: Mapping[str, Any], before: Mapping[str, Any], folder: Path) -> None:
     """Raise UsageError for the first setting or checksum that differs from the run's in the folder."""
     flags = {f.name: f.metadata for f in fields(Settings)}
-    own = {
-        "encoder": f"--model {settings.get('model')} has other weights",
-        "data": "--data_dir has other data",
-    }
+    model = f"--model {settings.get('model')}"
+    own = {"encoder": f"{model} has other weights", "data": "--data_dir has other data"}
+    derived = {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
     for name in sorted(settings, key=lambda name: name not in ("total_steps", "processes")):  # others follow
         now, then, flag = settings[name], before.get(name), flags.get(name, {})
         if name == "device":
@@ -344,7 +338,6 @@ def check_same(settings: Mapping[str, Any], before: Mapping[str, Any], folder: P
         if name in own:
             raise UsageError(f"{own[name]} than the run in {folder} had")
         now, then = ("not given" if value is None else value for value in (now, then))
-        derived = {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
         name = f"--{name}" if flag["group"] else derived.get(name, name)
         raise UsageError(f"{name} is {now}, but was {then} for the run in {folder}: give the same")
 
@@ -399,27 +392,25 @@ def load_checkpoint(folder: Path) -> dict | None:
 
     Damaged ones are named on stderr. Raises UsageError if all are damaged.
     """
-    damaged = []
+    damaged: list[str] = []
     for path in checkpoints(folder):
         try:
             content = path.read_bytes()  # torch.load would not notice a flipped byte
-            if zlib.crc32(content) == int(CHECKPOINT.fullmatch(path.name)[2], 16):
+            if path.name.endswith(f"-{zlib.crc32(content):08x}.pt"):
                 state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
                 if state.keys() >= {"progress", "model", "objects", "random"}:
                     if damaged and processes.rank() == 0:
-                        names = ", ".join(map(str, damaged))
+                        names = ", ".join(damaged)
                         tqdm.write(f"run_glue.py: {names}: damaged; using an earlier checkpoint", sys.stderr)
                     return state
         except MemoryError:
             raise
         except Exception:  # no file, no state, or one that needs code to be read: damaged as well
             pass
-        damaged.append(path)
+        damaged.append(str(path))
     if damaged:
-        names = ", ".join(map(str, damaged))
-        raise UsageError(
-            f"{names}: damaged, and there is no earlier checkpoint: start again with --overwrite"
-        )
+        mend = "there is no earlier checkpoint: start again with --overwrite"
+        raise UsageError(f"{', '.join(damaged)}: damaged, and {mend}")
     return None
 
 
@@ -456,17 +447,7 @@ def fingerprint(model: nn.Module) -> str:
     return checksum(p for p in model.parameters() if not p.requires_grad)
 
 
-def save_adapter(
-    folder: Path, tensors: Mapping[str, Tensor], sigma: Mapping[str, Tensor], settings: Settings
-) -> None:
-    """adapter.safetensors: adapter and head; posterior.safetensors: their σ, if there is one."""
-    (folder / "adapter").mkdir(exist_ok=True)
-    for name, content in ((ADAPTER, tensors), (POSTERIOR, sigma)):
-        if content:
-            write_tensors(folder / name, content, _scale(settings))
-
-
-def _scale(settings: Settings) -> dict[str, str]:
+def scale(settings: Settings) -> dict[str, str]:
     """s = alpha / rank: without it the tensors of an adapter say too little."""
     return {"scaling": f"{settings.alpha} / {settings.init_rank}"}
 
@@ -477,7 +458,7 @@ def load_adapter(folder: Path, model: nn.Module, settings: Settings) -> dict[str
     Raises UsageError where the files are damaged or of another model.
     """
     tensors, metadata = read_tensors(folder / ADAPTER)
-    if metadata != _scale(settings):
+    if metadata != scale(settings):
         raise UsageError(f"{folder}/adapter does not fit config.json: it has {metadata}")
     sigma = read_tensors(folder / POSTERIOR)[0] if (folder / POSTERIOR).exists() else {}
     different = trained(model).keys() ^ tensors.keys() or (sigma.keys() ^ tensors.keys() if sigma else ())

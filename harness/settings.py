@@ -138,17 +138,14 @@ class Settings:
     @classmethod
     def from_command_line(cls, argv: list[str] | None, description: str) -> "Settings":
         """Raises UsageError for settings out of range, or that do not go together."""
-        parser, groups = Parser(description), {}
-        for f in fields(cls):
-            group, about = f.metadata["group"], f.metadata["about"]
-            if group is None:
-                continue
-            if group not in groups:
-                groups[group] = parser.add_argument_group(group)
+        parser, flags = Parser(description), [f for f in fields(cls) if f.metadata["group"]]
+        names = dict.fromkeys(f.metadata["group"] for f in flags)
+        groups = {name: parser.add_argument_group(name) for name in names}
+        for f in flags:
             how = {"type": f.metadata["parse"], **f.metadata["options"]}
             how = {"action": "store_true"} if f.default is False else how
-            about += f" ({f.default})" if f.default else ""
-            groups[group].add_argument(f"--{f.name}", default=f.default, help=about, **how)
+            about = f.metadata["about"] + (f" ({f.default})" if f.default else "")
+            groups[f.metadata["group"]].add_argument(f"--{f.name}", default=f.default, help=about, **how)
         return cls(**vars(parser.parse_args(argv))).completed()
 
     @classmethod
@@ -161,7 +158,12 @@ class Settings:
 
     def completed(self) -> "Settings":
         """Fill in what does not depend on the data. Raises UsageError for settings that conflict."""
-        s = self._with_demo()
+        s = self
+        if s.demo:
+            if s.task not in (None, "cola") or s.model or s.data_dir:
+                has = "--demo has the task cola, and a model and data of its own"
+                raise UsageError(f"{has}: leave out --task, --model and --data_dir, or --demo")
+            s = replace(s, task="cola", model=str(DEMO / "model"), data_dir=DEMO)
         if s.task is None:
             raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
         if s.resume and s.overwrite:
@@ -170,29 +172,25 @@ class Settings:
             only, value = f.metadata["only"], getattr(s, f.name)
             given = value is not None and value is not False  # 0 is given
             if given and only and not {s.method, s.optimizer}.intersection(only):
-                kind = "--method" if only[0] in METHODS else "--optimizer"
-                name = s.method if kind == "--method" else s.optimizer
-                raise UsageError(f"{kind} {name} has no --{f.name}: leave it out")
+                kind = "method" if only[0] in METHODS else "optimizer"
+                raise UsageError(f"--{kind} {getattr(s, kind)} has no --{f.name}: leave it out")
         if s.temperature is not None and not s.eval_samples:
             raise UsageError("--temperature is for posterior draws: give --eval_samples N, or leave it out")
         if s.eval_samples and not OPTIMIZERS[s.optimizer]:
             raise UsageError("--eval_samples needs a posterior: use --optimizer ivon, or leave it out")
-        s = replace(s._with_ranks()._with_device(), model=MODEL if s.model is None else s.model)
+        device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if processes.count() > 1:
+            if device not in ("cpu", "cuda"):
+                raise UsageError(f"--device {device}: with torchrun it is cuda, a GPU a process, or cpu")
+            device = f"cuda:{processes.local_rank()}" if device == "cuda" else device
+        s = replace(s._with_ranks(), device=device, processes=processes.count())
+        s = replace(s, model=MODEL if s.model is None else s.model)
         s = replace(s, temperature=1.0 if s.temperature is None else s.temperature)
         if s.max_steps or s.demo or s.data_dir is None:
             s.resolve(task_of(s).train_size)  # the run's length is known: so is whether it can be
         rank = None if s.target_rank is None else f"r{s.target_rank:g}"
         parts = ("demo" if s.demo else s.task, s.method, s.optimizer, s.score, rank, f"s{s.seed}")
         return replace(s, output_dir=s.output_dir or Path("runs") / "-".join(part for part in parts if part))
-
-    def _with_demo(self) -> "Settings":
-        if not self.demo:
-            return self
-        if self.task not in (None, "cola"):
-            raise UsageError(f"--demo has the task cola, not {self.task}: leave --task out, or --demo")
-        if self.model or self.data_dir:
-            raise UsageError("--demo has its own model and data: leave out --model and --data_dir, or --demo")
-        return replace(self, task="cola", model=str(DEMO / "model"), data_dir=DEMO)
 
     def _with_ranks(self) -> "Settings":
         if self.method == "full":
@@ -211,14 +209,6 @@ class Settings:
             raise UsageError(f"--target_rank {target:g} is above --init_rank {initial}, the start")
         return replace(self, score=score, target_rank=target, init_rank=initial, dropout=self.dropout or 0.0)
 
-    def _with_device(self) -> "Settings":
-        device, count = self.device or ("cuda" if torch.cuda.is_available() else "cpu"), processes.count()
-        if count > 1 and device not in ("cpu", "cuda"):
-            raise UsageError(f"--device {device}: with torchrun it is cuda, a GPU a process, or cpu")
-        if count > 1 and device == "cuda":
-            device = f"cuda:{processes.local_rank()}"
-        return replace(self, device=device, processes=count)
-
     def resolve(self, train_size: int, default_targets: list[str] | None = None) -> "Settings":
         """Fill in what depends on the data and the model.
 
@@ -229,16 +219,11 @@ class Settings:
         values = {**task_of(self).settings(self.method, self.optimizer), **given}
         per_epoch = math.ceil(train_size / (self.batch_size * self.grad_accum * self.processes))
         T = self.max_steps or math.ceil(values["epochs"] * per_epoch)
-        published = values["total_steps"]
         for name in ("warmup_steps", "first_steps", "tinit", "tfinal", "delta_t"):
             if getattr(self, name) is None:
-                values[name] = values[name] * T // published
-        values |= {
-            "train_size": train_size,
-            "total_steps": T,
-            "epochs": T / per_epoch,
-            "delta_t": max(1, values["delta_t"]),
-        }
+                values[name] = values[name] * T // values["total_steps"]
+        values |= {"train_size": train_size, "total_steps": T, "epochs": T / per_epoch}
+        values["delta_t"] = max(1, values["delta_t"])
         if self.optimizer == "ivon":
             values.setdefault("ess", float(train_size))
             if self.lr is not None:
@@ -285,14 +270,13 @@ def check_device(settings: Settings) -> None:
     device, kind = settings.device, settings.device.split(":")[0]
 
     def bf16_product() -> None:
-        if kind == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ValueError("this GPU has no bfloat16")
-        with torch.autocast(kind, torch.bfloat16):
+        with torch.autocast(kind, torch.bfloat16):  # raises on a GPU that has none
             if (torch.ones(2, 2, device=device) @ torch.ones(2, 2, device=device)).dtype != torch.bfloat16:
                 raise ValueError("products stay in float32")
 
     trials = {f"--device {device}": lambda: torch.zeros(1, device=device).cpu()}
-    trials |= {"--bf16": bf16_product} if settings.bf16 else {}
+    if settings.bf16:
+        trials["--bf16"] = bf16_product
     if settings.compile:
         trials["--compile"] = lambda: torch.compile(torch.neg)(torch.zeros(1, device=device))
     for flag, trial in trials.items():
