@@ -9,8 +9,6 @@ Writes evaluation.json and predictions.safetensors into the run's folder or --ou
 hold of other splits; with --predict, that file alone.
 """
 
-import csv
-import io
 import json
 import sys
 import time
@@ -18,38 +16,27 @@ from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
+import pandas as pd
+from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
-from harness.batches import evaluation_split, tokenize
-from harness.files import (
-    check_writable,
-    locked,
-    read_json,
-    read_tensors,
-    write_json,
-    write_tensors,
-    write_whole,
-)
+from harness import files
+from harness.batches import Split, evaluation_split, tokenize
 from harness.prediction import judge, predict, predict_from_draws
 from harness.run_folder import EVALUATION, POSTERIOR
-from harness.settings import Parser, Settings, check_device, exit_status, number, task_of, whole
+from harness.settings import Parser, check_device, exit_status, number, task_of, whole
 from harness.task import Task, UsageError
-from tools.finished import FinishedRun, evaluation_settings, load_model, read_run
+from tools.finished import evaluation_settings, load_model, read_run
 
 
 def parse(argv: list[str] | None) -> Namespace:
     parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument(
-        "--eval_samples", type=whole(0), default=0, help="average predictions over N draws, too"
-    )
+    parser.add_argument("--eval_samples", type=whole(0), default=0, help="draws to average over (0: none)")
     parser.add_argument("--temperature", type=number(0), nargs="+", help="τ: draw with variance τσ² (1)")
     parser.add_argument("--split", help="of the data (the task's validation; for --predict its test)")
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
-    parser.add_argument(
-        "--seed", type=whole(0), help="of the draws (the run's, as all without a default here)"
-    )
+    parser.add_argument("--seed", type=whole(0), help="of the draws (as in the run, like all that follow)")
     parser.add_argument("--model", help="where the base model is now")
     parser.add_argument("--data_dir", type=Path, help="a folder in GLUE's own layout")
     parser.add_argument("--eval_batch_size", type=whole(1))
@@ -74,7 +61,7 @@ def check(args: Namespace, task: Task) -> list[str]:
     if folder.resolve() != args.run.resolve() and (folder / "config.json").exists():
         raise UsageError(f"--output_dir {folder} is another run's: give a folder of its own")
     for path in [args.predict] if args.predict else [folder / name for name in EVALUATION]:
-        check_writable(path, path)
+        files.check_writable(path, path)
     tests = [split for split in task.splits if split.startswith("test")]
     names = [args.split] if args.split is not None else tests[:1] if args.predict else list(task.validation)
     if names[0] not in task.splits:
@@ -82,80 +69,72 @@ def check(args: Namespace, task: Task) -> list[str]:
     return names
 
 
-class Predictor:
-    """Predictions of a finished run's model on a split, by number of draws and τ."""
-
-    def __init__(self, run: FinishedRun, settings: Settings):
-        self.settings = settings
-        self.tokenizer, self.model, _, self.sigma = load_model(run, settings)
-
-    def split(self, data: dict):
-        s, collate = self.settings, DataCollatorWithPadding(self.tokenizer)
-        return evaluation_split(
-            *tokenize(data, task_of(s), self.tokenizer, s.max_length), collate, s.eval_batch_size
-        )
-
-    def __call__(self, split, samples: int, tau: float) -> Tensor:
-        try:
-            if samples:
-                return predict_from_draws(self.model, split, self.sigma, samples, tau, self.settings.seed)
-            return predict(self.model, split)
-        except FloatingPointError as error:
-            raise UsageError(f"{error} ({f'--temperature {tau:g}' if samples else 'at the mean'})") from None
+def predict_at(
+    model: nn.Module, split: Split, sigma: dict[str, Tensor], samples: int, tau: float, seed: int
+) -> Tensor:
+    """Predictions at the mean, or averaged over draws. UsageError where they are not finite."""
+    try:
+        if samples:
+            return predict_from_draws(model, split, sigma, samples, tau, seed)
+        return predict(model, split)
+    except FloatingPointError as error:
+        raise UsageError(f"{error} ({f'--temperature {tau:g}' if samples else 'at the mean'})") from None
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = read_run(args.run)
     given = {name: getattr(args, name) for name in ("seed", "model", "data_dir", "eval_batch_size", "device")}
-    settings = evaluation_settings(run, **given)
-    task = task_of(settings)
+    s = evaluation_settings(run, **given)
+    task = task_of(s)
     names = check(args, task)
-    check_device(settings)
-    data = task.load(settings.data_dir, names)
-    predictor = Predictor(run, settings)
+    check_device(s)
+    data = task.load(s.data_dir, names)
+    tokenizer, model, _, sigma = load_model(run, s)
+    collate = DataCollatorWithPadding(tokenizer)
     draws = [(args.eval_samples, tau) for tau in args.temperature or [1.0]] if args.eval_samples else []
-    if args.predict:
-        predictions = predictor(predictor.split(data[names[0]]), *(draws or [(0, 0.0)])[0])
-        write_submission(args.predict.resolve(), data[names[0]]["idx"], predictions, task)
-        print(f"predictions of {len(predictions)} examples in {args.predict}")
-        return
+    where = {"model": s.model, "data_dir": s.data_dir and str(s.data_dir), "seed": s.seed}
     rows, saved = [], {}
-    where = {"model": settings.model, "data_dir": settings.data_dir and str(settings.data_dir)}
     for name in names:
-        split = predictor.split(data[name])
+        tokens = tokenize(data[name], task, tokenizer, s.max_length)
+        split = evaluation_split(*tokens, collate, s.eval_batch_size)
+        if args.predict:
+            predictions = predict_at(model, split, sigma, *(draws or [(0, 0.0)])[0], s.seed)
+            write_submission(args.predict.resolve(), data[name]["idx"], predictions, task)
+            print(f"predictions of {len(predictions)} examples in {args.predict}")
+            return
         if (split.labels < 0).any():
             raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
         saved[f"{name}.labels"] = split.labels
         for samples, tau in [(0, 0.0), *draws]:
             began = time.perf_counter()
-            predictions = predictor(split, samples, tau)
+            predictions = predict_at(model, split, sigma, samples, tau, s.seed)
             seconds = time.perf_counter() - began
             judged = judge(task, predictions, split.labels, calibrated=True)
             how = f"tau={tau:g}" if samples else "mean"
             saved[f"{name}.{how}"] = predictions
             row = {"split": name, "samples": samples, "temperature": tau, **judged, "seconds": seconds}
-            rows.append(row | where | {"seed": settings.seed})
+            rows.append(row | where)
             numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
             print(f"{name} {how}:  {numbers}  ({seconds:.2f} s)", flush=True)
-    folder = args.output_dir or args.run
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        record(folder, rows, saved)
+    record(args.output_dir or args.run, rows, saved)
 
 
 def record(folder: Path, rows: list[dict], predictions: dict[str, Tensor]) -> None:
     """evaluation.json and predictions.safetensors; what they hold of other splits stays."""
+    folder.mkdir(parents=True, exist_ok=True)
     evaluation, tensors = (folder / name for name in EVALUATION)
     now = {row["split"] for row in rows}
-    try:
-        others = [row for row in read_json(evaluation)["evaluations"] if row["split"] not in now]
-        old = {name: t for name, t in read_tensors(tensors)[0].items() if name.split(".")[0] not in now}
-    except (UsageError, KeyError, TypeError):  # none yet, or damaged: nothing to keep
-        others, old = [], {}
-    rows, predictions = others + rows, old | predictions
-    write_tensors(tensors, predictions, {"evaluations": json.dumps(rows)})  # says which it belongs to
-    write_json(evaluation, {"evaluations": rows})
+    with files.locked(folder):
+        try:
+            others = [row for row in files.read_json(evaluation)["evaluations"] if row["split"] not in now]
+            old, _ = files.read_tensors(tensors)
+        except (UsageError, KeyError, TypeError):  # none yet, or damaged: nothing to keep
+            others, old = [], {}
+        rows = others + rows
+        predictions = {name: t for name, t in old.items() if name.split(".")[0] not in now} | predictions
+        files.write_tensors(tensors, predictions, {"evaluations": json.dumps(rows)})  # which it belongs to
+        files.write_json(evaluation, {"evaluations": rows})
 
 
 def write_submission(path: Path, index: Sequence[int], predictions: Tensor, task: Task) -> None:
@@ -163,16 +142,11 @@ def write_submission(path: Path, index: Sequence[int], predictions: Tensor, task
 
     Regression's numbers are cut to stsb's 0 to 5.
     """
-    answers, probabilities = predictions.clamp(0, 5).tolist(), [()] * len(predictions)
+    table = {"index": index, "prediction": predictions.clamp(0, 5).tolist()}
     if task.labels:
-        answers = [task.written[i] for i in predictions.argmax(-1)]
-        probabilities = predictions.tolist()
-    file = io.StringIO(newline="")
-    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-    writer.writerow(["index", "prediction", *task.labels])
-    for i, answer, p in zip(index, answers, probabilities, strict=True):
-        writer.writerow([i, answer, *p])
-    write_whole(path, file.getvalue().encode())
+        table["prediction"] = [task.written[i] for i in predictions.argmax(-1)]
+        table |= dict(zip(task.labels, predictions.T.tolist(), strict=True))
+    files.write_whole(path, pd.DataFrame(table).to_csv(sep="\t", index=False).encode())
 
 
 if __name__ == "__main__":

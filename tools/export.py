@@ -8,7 +8,6 @@ this code; a fully fine-tuned run can only be exported as that. `--model` says w
 """
 
 import json
-import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -90,23 +89,20 @@ def main(argv: list[str] | None = None) -> None:
         model.config.label2id = {label: i for i, label in enumerate(labels)}
     else:
         model.config.problem_type = "regression"
+    parent = args.folder.absolute().parent
     try:
-        args.folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(prefix=f".{args.folder.name}.", dir=args.folder.absolute().parent))
-    except OSError as error:
-        raise UsageError(f"{args.folder} cannot be written: {error.strerror}") from None
-    try:
-        if args.form == "merged":
-            write_merged(beside, model, layers)
-            tokenizer.save_pretrained(beside)
-        else:
-            write_peft(beside, model, layers, settings)
-        beside.chmod(0o755)
-        beside.replace(args.folder)
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{args.folder.name}.", dir=parent) as beside:
+            whole = Path(beside) / args.folder.name
+            whole.mkdir()
+            if args.form == "merged":
+                write_merged(whole, model, layers)
+                tokenizer.save_pretrained(whole)
+            else:
+                write_peft(whole, model, layers, settings)
+            whole.replace(args.folder)
     except (OSError, SafetensorError) as error:
         raise UsageError(f"{args.folder} cannot be written: {error}") from None
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     print(args.folder)
 
 

@@ -42,44 +42,58 @@ def save(figure: "plt.Figure", path: Path) -> None:
     print(path)
 
 
+def wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.wrap(text, width))
+
+
+def draw_heat_map(axis: "plt.Axes", values: pd.DataFrame, top: float, digits: int) -> Any:
+    """Colours from 0 to `top`, with the numbers on them. Returns the image."""
+    image = axis.imshow(values, vmin=0, vmax=top, cmap="viridis")
+    for (y, x), value in np.ndenumerate(values):
+        if math.isfinite(value):
+            colour = "black" if value > 0.6 * top else "white"
+            text = f"{value:.{digits}f}".removesuffix(".0")
+            axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=7)
+    axis.set_xticks(range(values.shape[1]), values.columns, fontsize=7)
+    axis.set_yticks(range(values.shape[0]), values.index, fontsize=7)
+    return image
+
+
+def draw_range(axis: "plt.Axes", values: pd.DataFrame, colour: str, **line: Any) -> None:
+    """The column "mean" as a line, with the range from "min" to "max"."""
+    axis.plot(values["mean"], color=colour, **line)
+    axis.fill_between(values.index, values["min"], values["max"], alpha=0.15, color=colour, linewidth=0)
+
+
 def ranks(patterns: dict[str, dict[str, float]]) -> "plt.Figure":
     """[C] figure 1: for each title a heat map of ranks by layer and module, on one colour scale."""
-    across = min(len(patterns), 2)
-    down = math.ceil(len(patterns) / across)
-    example = rank_rows(next(iter(patterns.values())))
-    modules = list(dict.fromkeys(module for row in example.values() for module in row))
-    width = 0.4 * len(example) + 0.6
-    titles = {name: "\n".join(textwrap.wrap(name, max(20, int(14 * width)))) for name in patterns}
-    title_height = 0.13 * max(title.count("\n") for title in titles.values())
-    size = (2.2 + across * width, 0.6 + down * (0.32 * len(modules) + 0.7 + title_height))
-    figure, axes = plt.subplots(
-        down, across, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
-    )
-    top = max(max(ranks.values()) for ranks in patterns.values())
-    panels = list(axes.flat[: len(patterns)])
-    for axis in axes.flat[len(patterns) :]:
+    maps = {name: pd.DataFrame(rank_rows(ranks)) for name, ranks in patterns.items()}
+    modules, layers = next(iter(maps.values())).shape
+    across = min(len(maps), 2)
+    down = math.ceil(len(maps) / across)
+    width = 0.4 * layers + 0.6
+    titles = [wrapped(name, max(20, int(14 * width))) for name in maps]
+    title_height = 0.13 * max(title.count("\n") for title in titles)
+    size = (2.2 + across * width, 0.6 + down * (0.32 * modules + 0.7 + title_height))
+    shared = {"squeeze": False, "sharex": True, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(down, across, figsize=size, **shared)
+    top = max(1, *(values.max(axis=None) for values in maps.values()))
+    panels = list(axes.flat[: len(maps)])
+    for axis in axes.flat[len(maps) :]:
         axis.remove()
-    for axis, (name, ranks) in zip(panels, patterns.items(), strict=True):
-        rows = rank_rows(ranks)
-        grid = np.array([[row.get(module, math.nan) for row in rows.values()] for module in modules])
-        image = axis.imshow(grid, vmin=0, vmax=max(top, 1), cmap="viridis", aspect="auto")
-        for (y, x), rank in np.ndenumerate(grid):
-            colour = "black" if rank > 0.6 * top else "white"
-            text = "" if math.isnan(rank) else f"{round(rank, 1):g}"
-            axis.text(x, y, text, ha="center", va="center", color=colour, fontsize=7)
-        axis.set_title(titles[name], fontsize=8)
-        axis.set_xticks(range(len(rows)), rows, fontsize=7)
+    for axis, title, values in zip(panels, titles, maps.values(), strict=True):
+        image = draw_heat_map(axis, values, top, digits=1)
+        axis.set_aspect("auto")
+        axis.set_title(title, fontsize=8)
         axis.tick_params(labelbottom=axis in panels[-across:])
-        axis.set_yticks(range(len(modules)), modules, fontsize=7)
     figure.supxlabel("layer", fontsize=8)
     figure.colorbar(image, ax=panels, label="rank", shrink=0.8)
     return figure
 
 
 class Curve(NamedTuple):
-    """A line in each of two panels; `row` decides its colour. Values: a line a seed, a column a step."""
+    """A line in each of two panels; `row` decides its colour. Values: mean, min, max over seeds by step."""
 
-    name: str
     row: str
     panel: str
     metric: str
@@ -87,23 +101,20 @@ class Curve(NamedTuple):
     budgets: pd.DataFrame
 
 
-def curves(lines: list[Curve]) -> "plt.Figure":
+def curves(lines: dict[str, Curve]) -> "plt.Figure":
     """For each task, the score against the step and the budget under it: mean, and range over seeds."""
-    tasks = list(dict.fromkeys(line.panel for line in lines))
-    labels = {line.name: "\n".join(textwrap.wrap(line.name, 72)) for line in lines}
-    most = max(sum(1 + labels[x.name].count("\n") for x in lines if x.panel == task) for task in tasks)
-    size = (1 + 5 * len(tasks), 5.7 + 0.15 * most)
-    figure, axes = plt.subplots(
-        2, len(tasks), figsize=size, squeeze=False, sharex="col", height_ratios=(3, 1), layout="constrained"
-    )
-    colours = {row: f"C{i}" for i, row in enumerate(dict.fromkeys(line.row for line in lines))}
-    for line in lines:
-        (score, budget), colour = axes[:, tasks.index(line.panel)], colours[line.row]
-        values = line.scores.dropna(axis=1)  # steps that all seeds have
-        score.plot(values.mean(), label=labels[line.name], color=colour)
-        low, high = values.min(), values.max()
-        score.fill_between(values.columns, low, high, alpha=0.15, color=colour, linewidth=0)
-        budget.plot(line.budgets.dropna(axis=1).mean(), color=colour)
+    labels = {name: wrapped(name, 72) for name in lines}
+    heights = {line.panel: 0 for line in lines.values()}  # of the legends, in lines
+    for name, line in lines.items():
+        heights[line.panel] += 1 + labels[name].count("\n")
+    size = (1 + 5 * len(heights), 5.7 + 0.15 * max(heights.values()))
+    shared = {"squeeze": False, "sharex": "col", "height_ratios": (3, 1), "layout": "constrained"}
+    figure, axes = plt.subplots(2, len(heights), figsize=size, **shared)
+    colours = {row: f"C{i}" for i, row in enumerate(dict.fromkeys(line.row for line in lines.values()))}
+    for name, line in lines.items():
+        score, budget = axes[:, list(heights).index(line.panel)]
+        draw_range(score, line.scores, colours[line.row], label=labels[name])
+        draw_range(budget, line.budgets, colours[line.row])
         score.set(title=line.panel, ylabel=line.metric)
         budget.set(xlabel="step", ylabel="triplets")
     for score, budget in axes.T:
@@ -116,41 +127,30 @@ def curves(lines: list[Curve]) -> "plt.Figure":
 class Agreement(NamedTuple):
     """How far scores agree in runs that differ in the seed alone: means over allocations and seeds."""
 
-    spearman: pd.DataFrame  # (scores, scores), NaN where it is not defined
-    jaccard: pd.DataFrame
+    matrix: pd.DataFrame  # (scores, scores): Spearman above the diagonal, Jaccard below it; NaN: not defined
     chance: float  # Jaccard of two scores that have nothing in common
-    sigma_cv: dict[int, float]  # by step, mean over seeds; {} without a posterior
-
-    def both(self) -> pd.DataFrame:
-        """Spearman above the diagonal, Jaccard below it."""
-        upper = np.triu(np.ones_like(self.spearman, dtype=bool))
-        return self.spearman.where(upper, self.jaccard).mask(np.eye(len(upper), dtype=bool))
+    sigma_cv: pd.Series  # by step, mean over seeds; empty without a posterior
 
 
 def agreement(found: dict[str, Agreement]) -> "plt.Figure":
     """A matrix for each setting, Spearman above the diagonal and Jaccard below; σ's variation under them."""
-    posterior = any(agreement.sigma_cv for agreement in found.values())
+    posterior = any(len(agreement.sigma_cv) for agreement in found.values())
     across = min(len(found), 3)
     down = math.ceil(len(found) / across)
     figure = plt.figure(figsize=(0.5 + 3.6 * across, 3.6 * down + 2.4 * posterior), layout="constrained")
     grid = figure.add_gridspec(down + posterior, across, height_ratios=[3.6] * down + [2.0] * posterior)
     for i, (name, agreement) in enumerate(found.items()):
         axis = figure.add_subplot(grid[i // across, i % across])
-        both = agreement.both()
-        axis.imshow(both, vmin=0, vmax=1, cmap="viridis")
-        for (y, x), value in np.ndenumerate(both):
-            if math.isfinite(value):
-                colour = "black" if value > 0.6 else "white"
-                axis.text(x, y, f"{value:.2f}", ha="center", va="center", color=colour, fontsize=7)
-        axis.set_xticks(range(len(both)), both.columns, fontsize=7, rotation=40, ha="right")
-        axis.set_yticks(range(len(both)), both.index, fontsize=7)
-        text = f"{chr(97 + i)}) {name} (Jaccard by chance {agreement.chance:.2f})"
-        axis.set_title("\n".join(textwrap.wrap(text, 46)), fontsize=8)
+        draw_heat_map(axis, agreement.matrix, 1, digits=2)
+        plt.setp(axis.get_xticklabels(), rotation=40, ha="right")
+        axis.set_title(
+            wrapped(f"{chr(97 + i)}) {name} (Jaccard by chance {agreement.chance:.2f})", 46), fontsize=8
+        )
     if posterior:
         axis = figure.add_subplot(grid[down, :])
         for i, agreement in enumerate(found.values()):
-            if agreement.sigma_cv:
-                axis.semilogy(*zip(*agreement.sigma_cv.items(), strict=True), label=f"{chr(97 + i)})")
+            if len(agreement.sigma_cv):
+                axis.semilogy(agreement.sigma_cv, label=f"{chr(97 + i)})")
         axis.set_xlabel("step", fontsize=8)
         axis.set_ylabel("σ: sd / mean", fontsize=8)
         axis.legend(fontsize=7, ncols=len(found))
@@ -166,10 +166,9 @@ def reliability_diagrams(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarra
     """
     across = min(len(panels), 4)
     down = math.ceil(len(panels) / across)
-    figure, axes = plt.subplots(
-        2 * down, across, figsize=(0.5 + 3.2 * across, 4.2 * down), squeeze=False, sharex=True,
-        height_ratios=(3, 1) * down, layout="constrained",
-    )  # fmt: skip
+    size = (0.5 + 3.2 * across, 4.2 * down)
+    shared = {"squeeze": False, "sharex": True, "height_ratios": (3, 1) * down, "layout": "constrained"}
+    figure, axes = plt.subplots(2 * down, across, figsize=size, **shared)
     for axis in axes[-2:, len(panels) - across * (down - 1) :].flat:
         axis.remove()
     for n, (name, predictions) in enumerate(panels.items()):
@@ -180,7 +179,7 @@ def reliability_diagrams(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarra
             diagram.plot(confidence, accuracy, marker="o", markersize=3, color=f"C{i}", label=how)
             left = np.arange(10) / 10 + 0.02 + 0.04 * i
             histogram.bar(left, counts, width=0.035, align="edge", color=f"C{i}")
-        diagram.set_title("\n".join(textwrap.wrap(name, 40)), fontsize=8)
+        diagram.set_title(wrapped(name, 40), fontsize=8)
         diagram.set(xlim=(0, 1), ylim=(0, 1))
         diagram.legend(fontsize=7)
         diagram.set_ylabel("accuracy", fontsize=8)
@@ -189,20 +188,19 @@ def reliability_diagrams(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarra
     return figure
 
 
-def temperature(lines: dict[str, list[Any]]) -> "plt.Figure":
+def temperature(lines: dict[str, pd.DataFrame]) -> "plt.Figure":
     """[V] figure 1: error (100 − the score in percent) and NLL against τ, with their range over seeds.
 
-    `lines`: by name, the two as pandas groups by τ; regression has no NLL.
+    `lines`: by name, a line an evaluation, with temperature, error and (but for regression) nll.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for i, (name, both) in enumerate(lines.items()):
-        for axis, values in zip(axes, both, strict=False):
-            mean, low, high = values.mean(), values.min(), values.max()
-            axis.plot(mean, marker="o", markersize=3, color=f"C{i}", label=name)
-            axis.fill_between(mean.index, low, high, alpha=0.15, color=f"C{i}", linewidth=0)
-    axes[0].set(xlabel="τ", ylabel="error: 100 − score in percent")
-    axes[1].set(xlabel="τ", ylabel="NLL")
-    for axis in axes:
+    about = {"error": "error: 100 − score in percent", "nll": "NLL"}
+    for axis, (name, label) in zip(axes, about.items(), strict=True):
+        for i, (title, frame) in enumerate(lines.items()):
+            if name in frame:
+                values = frame.groupby("temperature")[name].agg(["mean", "min", "max"])
+                draw_range(axis, values, f"C{i}", marker="o", markersize=3, label=title)
+        axis.set(xlabel="τ", ylabel=label)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center")
     return figure

@@ -4,7 +4,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import fields, replace
+from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
@@ -30,46 +30,46 @@ class FinishedRun(NamedTuple):
     results: dict
 
 
+CHECKS = {  # of config.json and results.json: what is wrong unless it holds
+    "config.json and results.json differ": lambda c, r: all(c[key] == r[key] for key in SHARED),
+    "config.json is incomplete": lambda c, _: c["model"] and c["total_steps"] and "target_rank" in c,
+    "results.json has no best score": lambda _, r: math.isfinite(r["best"][r["metric"]]),
+    "results.json has no ranks": lambda _, r: all(type(rank) is int for rank in r["ranks"].values()),
+    "results.json has no budget": lambda _, r: type(r["budget"]["b0"]) is int,
+}
+
+
 def read_run(folder: Path) -> FinishedRun:
     """Raises UsageError unless everything used here is there, as a run writes it."""
     for name, what in (("config.json", "is not a run"), ("results.json", "is not finished")):
         if not (folder / name).is_file():
             raise UsageError(f"{folder} {what}: it has no {name}")
-    config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
-    absent = [key for key in (*SHARED, "target_rank", "total_steps") if key not in config]
-    absent += [key for key in (*SHARED, "metric", "best", "ranks", "budget") if key not in results]
-    if absent:
-        raise UsageError(f"{folder} is not a run: config.json or results.json has no {absent[0]}")
-    if any(config[key] != results[key] for key in SHARED):
-        raise UsageError(f"{folder}: config.json and results.json are of two different runs")
-    used = [f for f in fields(Settings) if f.name != "temperature"]
-    odd = [f.name for f in used if not may_be(config.get(f.name, f.default), f.type)]
-    choices = {f.name: f.metadata["options"].get("choices") for f in used}
-    odd += [k for k, those in choices.items() if those and config.get(k) not in (None, *those)]
-    odd += ["model"] * (config.get("model") is None)
-    if odd:
-        raise UsageError(f"{folder} is not a run: {odd[0]} is {config.get(odd[0])!r} in config.json")
-    best = results["best"].get(str(results["metric"])) if isinstance(results["best"], dict) else None
-    if type(best) not in (int, float) or not math.isfinite(best):
-        raise UsageError(f"{folder}: results.json has no number for the best {results['metric']}")
-    ranks, budget = results["ranks"], results["budget"]
-    if not isinstance(ranks, dict) or any(type(rank) is not int for rank in ranks.values()):
-        raise UsageError(f"{folder}: results.json has no ranks")
-    if not isinstance(budget, dict) or type(budget.get("b0")) is not int:
-        raise UsageError(f"{folder}: results.json has no budget")
+    run = FinishedRun(folder, read_json(folder / "config.json"), read_json(folder / "results.json"))
+    for problem, holds in CHECKS.items():
+        try:
+            if holds(run.config, run.results):
+                continue
+        except (KeyError, TypeError, AttributeError):  # something is missing, or is not what it should be
+            pass
+        raise UsageError(f"{folder} is not a run: {problem}")
+    for f in fields(Settings):
+        if f.name != "temperature" and not can_be(run.config.get(f.name, f.default), f):
+            raise UsageError(f"{folder} is not a run: {f.name} is {run.config[f.name]!r} in config.json")
+    settings = Settings.from_config(run.config)
     try:
-        settings = Settings.from_config(config)
         task_of(settings).settings(settings.method, settings.optimizer)
     except (TypeError, KeyError) as error:
         raise UsageError(f"{folder}: its settings are not run_glue.py's: {error!r}") from None
-    return FinishedRun(folder, config, results)
+    return run
 
 
-def may_be(value: Any, kind: Any) -> bool:
-    """Whether JSON's value can be a setting of this type: a whole number a float, too, and text a path."""
-    kinds = {get_origin(one) or one for one in get_args(kind) or (kind,)}
-    json_types = {float: {int, float}, Path: {str}, list: {list}}
-    return type(value) in set().union(*(json_types.get(one, {one}) for one in kinds))
+def can_be(value: Any, f: Field) -> bool:
+    """Whether JSON's value can be this setting's: a whole number is a float, too, and text a path."""
+    choices = f.metadata["options"].get("choices")
+    kinds = {get_origin(kind) or kind for kind in get_args(f.type) or (f.type,)}
+    json_types = {float: {int, float}, Path: {str}}
+    right_type = type(value) in set().union(*(json_types.get(kind, {kind}) for kind in kinds))
+    return right_type and (choices is None or value is None or value in choices)
 
 
 def find_runs(folders: list[Path], skip: Callable[[Path, str], None]) -> list[FinishedRun]:
@@ -95,11 +95,9 @@ def skip(folder: Path, why: str) -> None:
 def evaluation_settings(run: FinishedRun, **given: Any) -> Settings:
     """The run's settings, but for what is given (None: not given): model, data_dir, seed, device, …"""
     settings = Settings.from_config(run.config)
-    place = {"device": None, "processes": 1}
+    place = {"device": "cuda" if torch.cuda.is_available() else "cpu", "processes": 1}
     place |= {"model": str(DEMO / "model"), "data_dir": DEMO} if settings.demo else {}
-    place |= {name: value for name, value in given.items() if value is not None}
-    place["device"] = place["device"] or ("cuda" if torch.cuda.is_available() else "cpu")
-    return replace(settings, **place)
+    return replace(settings, **place | {name: value for name, value in given.items() if value is not None})
 
 
 def load_model(
@@ -121,42 +119,47 @@ def load_model(
     return tokenizer, model, layers, sigma
 
 
-def read_lines(run: FinishedRun, name: str, numbers: Callable[[dict], list]) -> list[dict]:
-    """The objects of one of the run's .jsonl files. UsageError if it has none with finite `numbers`."""
+def check_numbers(rows: list[dict], numbers: Callable[[dict], Iterable], name: str) -> list[dict]:
+    """The rows. UsageError unless there are some, and `numbers` finds finite numbers alone in each."""
     try:
-        lines = [json.loads(line) for line in (run.folder / name).read_text(encoding="utf-8").splitlines()]
-        values = [number for line in lines for number in numbers(line) if number is not None]
-        if not values or not all(map(math.isfinite, values)):
-            raise ValueError("it is not a run's")
-        return lines
+        values = [number for row in rows for number in numbers(row)]
+        if values and all(map(math.isfinite, values)):
+            return rows
+    except (TypeError, KeyError, AttributeError):  # not what a run leaves
+        pass
+    raise UsageError(f"{name} has nothing to use, or is damaged")
+
+
+def read_lines(run: FinishedRun, name: str, numbers: Callable[[dict], Iterable]) -> list[dict]:
+    """The objects of one of the run's .jsonl files, each with finite `numbers`. Raises UsageError."""
+    try:
+        text = (run.folder / name).read_text(encoding="utf-8")
+        return check_numbers([json.loads(line) for line in text.splitlines()], numbers, name)
     except FileNotFoundError:
         flag = " (it takes --track_scores)" * (name == "score_agreement.jsonl")
         raise UsageError(f"no {name}{flag}") from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{name} cannot be read: {error}") from None
 
 
-def evaluations(run: FinishedRun, split: str) -> list[dict]:
+def read_evaluations(run: FinishedRun, split: str) -> list[dict]:
     """What tools.evaluate found on a split. UsageError if nothing, or with another model or other data."""
-    path = run.folder / "evaluation.json"
-    rows = read_json(path).get("evaluations")
+    where, path = ("model", "data_dir"), run.folder / "evaluation.json"
     try:
-        rows = [row for row in rows if row["split"] == split]
-        if any(row[key] != run.config.get(key) for row in rows for key in ("model", "data_dir")):
-            raise UsageError("evaluated with another model or other data than it was trained with")
-        numbers = [row[key] for row in rows for key in row.keys() - {"split", "model", "data_dir"}]
-        if not numbers or not all(map(math.isfinite, numbers)):
-            raise UsageError(f"no evaluation of {split} in evaluation.json")
-        return rows
+        rows = [row for row in read_json(path)["evaluations"] if row["split"] == split]
+        same = all(row[key] == run.config.get(key) for row in rows for key in where)
     except (KeyError, TypeError) as error:
         raise UsageError(f"{path} cannot be used: {error!r}") from None
+    if not same:
+        raise UsageError("evaluated with another model or other data than it was trained with")
+    return check_numbers(rows, lambda row: [row[key] for key in row.keys() - {"split", *where}], path.name)
 
 
-def same_model(runs: Iterable[FinishedRun]) -> None:
+def check_same_model(runs: Iterable[FinishedRun]) -> None:
     """Raise UsageError unless all runs have the same model and adapters."""
     first, *others = runs
     for run in others:
-        models = first.config.get("model"), run.config.get("model")
+        models = first.config["model"], run.config["model"]
         if models[0] != models[1] or first.results["ranks"].keys() != run.results["ranks"].keys():
             which = f"{first.folder} and {run.folder} are of different models or adapters"
             raise UsageError(f"{which} ({models[0]}, {models[1]}): draw them one by one")

@@ -39,32 +39,21 @@ from harness import glue
 from harness.encoder import TARGETS
 from harness.files import read_tensors
 from harness.metrics import rank_table
-from harness.settings import (
-    IDENTITY,
-    METHODS,
-    MODEL,
-    NOTHING,
-    SHAPE,
-    TASKS,
-    Parser,
-    Settings,
-    exit_status,
-    number,
-    task_of,
-    whole,
-)
+from harness.settings import IDENTITY, MODEL, NOTHING, SHAPE, TASKS, Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from scores import SCORES
 from tools import figures
-from tools.finished import FinishedRun, evaluations, find_runs, read_lines, same_model, skip
+from tools.finished import FinishedRun, check_same_model, find_runs, read_evaluations, read_lines, skip
 
 PAPER = Path(__file__).resolve().parent.parent / "results/paper_table1.csv"
 SEEDS = (2021, 2022, 2023, 2024, 2025)
 LARGE = ("mnli", "qqp", "qnli", "sst2")  # as [C] groups the tasks; all others are small
 COLUMNS = [*LARGE, *(task for task in TASKS if task not in LARGE)]
-NAMES = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA", "ivon": "IVON", "adamw": "AdamW"}
+METHODS = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA"}  # in the order of [C] table I
+OPTIMIZERS = {"adamw": "AdamW", "ivon": "IVON"}
 OWN_PLACE = {"task", "seed", "method", "optimizer", "score", "target_rank", "demo"}  # shown by themselves
-BATCH = ("batch_size", "grad_accum", "processes")
+BATCH = ["batch_size", "grad_accum", "processes"]
+GROUP = ["model", "row", "task"]  # the same for runs that differ in the seed alone
 
 
 # ---- the grid ------------------------------------------------------------------------------------------
@@ -114,19 +103,14 @@ def as_json(settings: Settings) -> dict[str, Any]:
 # ---- runs into rows ------------------------------------------------------------------------------------
 
 
-def published(config: Mapping[str, Any]) -> Settings:
-    """The published settings for a run's task, method, length and batches."""
-    names = ("method", "optimizer", "score", "target_rank", *BATCH)
+def departures(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's identity settings that are not the published ones for its task, method, length and batches."""
+    names = ("method", "optimizer", "score", "target_rank", *BATCH[:2])
     given = {name: config[name] for name in names if config.get(name) is not None}
     place = {"demo": True} if config["demo"] else {"task": config["task"]}
     s = Settings(**place, **given, max_steps=config["total_steps"], device="cpu").completed()
-    size = config.get("train_size") or task_of(s).train_size
-    return replace(s, processes=config.get("processes", 1)).resolve(size)
-
-
-def departures(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's identity settings that are not the published ones."""
-    usual = dict(vars(published(config)))
+    s = replace(s, processes=config.get("processes", 1))
+    usual = dict(vars(s.resolve(config.get("train_size") or task_of(s).train_size)))
     if config.get("lr") != usual["lr"]:
         usual |= {"first_lr": 0.0, "first_steps": 0}  # a learning rate that is given has no first phase
     if config.get("targets") in TARGETS.values():
@@ -135,23 +119,20 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: config[k] for k in own if config.get(k) is not None and config[k] != usual[k]}
 
 
-def shape(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Length and batches of a run, and checksums of its data and frozen weights where they are known."""
-    names = [f.name for f in fields(Settings) if f.metadata["role"] == SHAPE]
-    checksums = ("data",) if config["method"] == "full" else ("data", "encoder")
-    found = {name: config.get(name) for name in names} | {"processes": config.get("processes", 1)}
-    return found | {name: config[name] for name in checksums if config.get(name)}
+def shapes(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Length, batches and checksums of data and frozen weights: a run's, and those of most runs like it.
 
-
-def is_the_papers(config: Mapping[str, Any], departs: Mapping[str, Any]) -> bool:
-    """Whether model, settings, length and batches are those behind the paper's number."""
-    s = Settings(task=config["task"], method=config["method"], optimizer=config["optimizer"], device="cpu")
-    usual = s.completed().resolve(task_of(s).train_size)
-    lengths = ("total_steps", "max_length", "eval_every", "group_by_length")
-    same = all(config.get(name) == getattr(usual, name) for name in lengths)
-    alone = config["optimizer"] == "adamw" or config.get("processes", 1) == 1  # each process draws
-    batch = math.prod(config.get(name, 1) for name in BATCH)
-    return config.get("model") == MODEL and not departs and same and alone and batch == usual.batch_size
+    Both have a line a run and a column a setting; None or NaN is what no run, or an earlier one, tells.
+    """
+    shape = [f for f in fields(Settings) if f.metadata["role"] == SHAPE]
+    lines = [
+        {f.name: run.config.get(f.name, f.default) for f in shape}
+        | {name: run.config.get(name) for name in ("data", "encoder")}
+        for run in runs["run"]
+    ]
+    own = pd.DataFrame(lines, dtype=object)
+    alike = own.groupby([runs["model"], runs["task"], runs["method"]])
+    return own, alike.transform(lambda values: next(iter(values.mode()), None))
 
 
 def with_names(settings: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
@@ -177,19 +158,20 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 def row_label(config: Mapping[str, Any], settings: str) -> str:
     rank = config["target_rank"] is not None and f"r={config['target_rank']:g}"
-    parts = [config["demo"] and "demo", NAMES[config["method"]], NAMES[config["optimizer"]], config["score"]]
-    return " ".join(part for part in [*parts, rank, settings and f"({settings})"] if part)
+    what = METHODS[config["method"]], OPTIMIZERS[config["optimizer"]], config["score"], rank
+    return " ".join(part for part in [config["demo"] and "demo", *what, settings and f"({settings})"] if part)
 
 
-def order(config: Mapping[str, Any]) -> tuple:
+def order(config: Mapping[str, Any], settings: str) -> tuple:
     """As in [C] table I: full fine-tuning, then rank by rank LoRA and AdaLoRA."""
-    position = [None, *SCORES].index(config["score"]) if config["score"] in SCORES else -1
-    kind = ["full", "lora", "adalora"].index(config["method"]), ["adamw", "ivon"].index(config["optimizer"])
-    return (str(config.get("model")), config["target_rank"] or 0, *kind, position)
+    kind = list(METHODS).index(config["method"]), list(OPTIMIZERS).index(config["optimizer"])
+    row = (config["target_rank"] or 0, *kind, [None, *SCORES].index(config["score"]), settings)
+    return (config["model"], *row, COLUMNS.index(config["task"]), config["seed"])
 
 
-def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any] = lambda run: True) -> pd.DataFrame:
-    """A line a run, in the paper's order: run, model, task, seed, row (its label), what it `needs`, shape.
+def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFrame:
+    """A line a run, in the paper's order: run, model, task, method, seed, row (its label), what it `needs`
+    ("found"), settings that depart from the published ones, and the usual length and batches.
 
     Left out by name: a run whose settings cannot be compared, whose `needs` (a function that may raise
     UsageError) is nothing, or that repeats settings and seed of another. For a table, `attrs["shared"]` has
@@ -197,77 +179,93 @@ def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any] = lambda run:
     """
     lines = []
     for run in find_runs(args.runs, skip):
-        c = run.config
         try:
-            departs, found = departures(c), needs(run)
+            line = {"run": run, "departs": departures(run.config), "found": needs(run)}
         except (UsageError, TypeError, ZeroDivisionError) as error:
             skip(run.folder, str(error))
             continue
-        if found:
-            line = {"run": run, "model": str(c.get("model")), "task": c["task"], "seed": c["seed"]}
-            line |= {"found": found, "departs": departs, "settings": with_names(departs, args.name)}
-            lines.append(line | {"method": c["method"], "shape": json.dumps(shape(c))})
+        if line["found"]:
+            lines.append(line | {key: run.config[key] for key in ("model", "task", "method", "seed")})
     if not lines:
         raise UsageError(f"there is no run for this in {', '.join(map(str, args.runs))}")
     runs = pd.DataFrame(lines)
-    usual = runs.groupby(["model", "task", "method"])["shape"].transform(lambda s: s.mode()[0])
-    for settings, own, most in zip(runs["settings"], map(json.loads, runs["shape"]), usual, strict=True):
-        settings |= {k: v for k, v in own.items() if json.loads(most).get(k, v) != v}
-    every = [{(k, str(v)) for k, v in settings.items()} for settings in runs["settings"]]
-    shared = {key for key, _ in set.intersection(*every)} if args.verb == "table" else set()
-    runs.attrs["shared"] = {k: v for k, v in runs["settings"][0].items() if k in shared}
-    texts = [settings_text({k: v for k, v in s.items() if k not in shared}) for s in runs["settings"]]
-    runs["row"] = [row_label(run.config, text) for run, text in zip(runs["run"], texts, strict=True)]
-    runs["order"] = [
-        (*order(run.config), text, COLUMNS.index(run.config["task"]), run.config["seed"])
-        for run, text in zip(runs["run"], texts, strict=True)
-    ]
-    again = runs.duplicated(["model", "row", "task", "seed"])
+    shape, usual = shapes(runs)
+    unusual = shape.where(shape.ne(usual)).apply(lambda own: own.dropna().to_dict(), axis=1)
+    settings = [with_names(of, args.name) | own for of, own in zip(runs["departs"], unusual, strict=True)]
+    shared = dict(settings[0]) if args.verb == "table" else {}
+    for of in settings:
+        shared = {k: v for k, v in shared.items() if k in of and of[k] == v}
+    texts = [settings_text({k: v for k, v in of.items() if k not in shared}) for of in settings]
+    labelled = list(zip((run.config for run in runs["run"]), texts, strict=True))
+    runs = runs.assign(row=[row_label(*of) for of in labelled], order=[order(*of) for of in labelled])
+    again = runs.duplicated([*GROUP, "seed"])
     for run in runs["run"][again]:
         skip(run.folder, "the same settings and seed as another run")
-    return runs[~again].sort_values("order").reset_index(drop=True)
+    runs = runs.join(usual)[~again].sort_values("order", ignore_index=True)
+    runs.attrs["shared"] = shared
+    return runs
 
 
-def groups_of(runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Runs that differ in the seed alone, by a name for each group."""
-    groups = {}
-    for (model, row, task), group in runs.groupby(["model", "row", "task"], sort=False):
+def named_groups(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Runs that differ in the seed alone, with a name for each group."""
+    for (model, row, task), group in runs.groupby(GROUP, sort=False):
         seeds = f"{len(group)} seed{'s' * (len(group) != 1)}"
         other_model = f", {model}" * (runs["model"].nunique() > 1)
-        groups[f"{TASKS[task].folder}, {row}, {seeds}{other_model}"] = group
+        yield f"{TASKS[task].folder}, {row}, {seeds}{other_model}", group
+
+
+def read_found(args: Namespace, needs: Callable[[FinishedRun], list[dict]]) -> dict[str, pd.DataFrame]:
+    """By name of a group, the lines that each of its runs `needs`, with the run's folder, task and row."""
+    groups = {}
+    for name, group in named_groups(read_runs(args, needs)):
+        lines = [
+            pd.json_normalize(run.found).assign(folder=run.run.folder, task=run.task, row=run.row)
+            for run in group.itertuples()
+        ]
+        groups[name] = pd.concat(lines, ignore_index=True)
     return groups
 
 
 # ---- the table -----------------------------------------------------------------------------------------
 
 
-def paper_number(config: Mapping[str, Any]) -> float | None:
-    """[C] table I, in percent."""
-    paper = pd.read_csv(PAPER, keep_default_na=False)
-    same = (paper["method"] == config["method"]) & (paper["optimizer"] == config["optimizer"])
-    rank = "" if config["target_rank"] is None else f"{config['target_rank']:g}"
-    same &= (paper["score"] == (config["score"] or "")) & (paper["rank"] == rank)
-    found = paper[same]
-    return float(found[config["task"]].iloc[0]) if len(found) and config["task"] in found else None
+def paper_number(config: Mapping[str, Any], departs: Mapping[str, Any]) -> float:
+    """[C] table I, in percent; NaN unless model, settings, length and batches are those behind it."""
+    s = Settings(task=config["task"], method=config["method"], optimizer=config["optimizer"], device="cpu")
+    usual = s.completed().resolve(task_of(s).train_size)
+    lengths = ("total_steps", "max_length", "eval_every", "group_by_length")
+    same = all(config.get(name) == getattr(usual, name) for name in lengths)
+    alone = config["optimizer"] == "adamw" or config.get("processes", 1) == 1  # each process draws
+    batch = math.prod(config.get(name, 1) for name in BATCH)
+    if config["model"] != MODEL or departs or not (same and alone and batch == usual.batch_size):
+        return math.nan
+    paper = pd.read_csv(PAPER, dtype=str, keep_default_na=False)
+    row = {key: config[key] or "" for key in ("method", "optimizer", "score")}
+    row["rank"] = "" if config["target_rank"] is None else f"{config['target_rank']:g}"
+    found = paper[(paper[list(row)] == pd.Series(row)).all(axis=1)]
+    return float(found[config["task"]].iloc[0]) if len(found) and config["task"] in found else math.nan
 
 
 def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
     """A line a row and task: mean and standard deviation (n − 1) of the best scores, seeds, the paper's."""
-    lines = []
-    for (model, row, task), group in runs.groupby(["model", "row", "task"], sort=False):
-        first = group["run"].iloc[0]
-        scores = pd.Series([100 * r.results["best"][r.results["metric"]] for r in group["run"]])
-        papers = paper_number(first.config) if is_the_papers(first.config, group["departs"].iloc[0]) else None
-        line = {"model": model, "row": row, "task": task, "metric": TASKS[task].metric}
-        numbers = {"mean": scores.mean(), "sd": scores.std(), "seeds": len(scores), "paper": papers}
-        lines.append(line | numbers)
-    return pd.DataFrame(lines)
+    runs = runs.assign(
+        metric=[TASKS[task].metric for task in runs["task"]],
+        best=[100 * run.results["best"][run.results["metric"]] for run in runs["run"]],
+        paper=[paper_number(run.config, of) for run, of in zip(runs["run"], runs["departs"], strict=True)],
+    )
+    best = {"mean": ("best", "mean"), "sd": ("best", "std"), "seeds": ("best", "size")}
+    cells = runs.groupby(GROUP, sort=False).agg(metric=("metric", "first"), **best, paper=("paper", "first"))
+    return cells.reset_index()
+
+
+def mean_text(mean: float, sd: float, digits: int = 2) -> str:
+    deviation = "" if math.isnan(sd) else f" ± {sd:.{digits}f}"
+    return "" if math.isnan(mean) else f"{mean:.{digits}f}{deviation}"
 
 
 def cell_text(cell: pd.Series) -> str:
-    deviation = "" if math.isnan(cell["sd"]) else f" ± {cell['sd']:.2f}"
-    paper = "" if pd.isna(cell["paper"]) else f" [{cell['paper']:.2f}]"
-    return f"{cell['mean']:.2f}{deviation} ({cell['seeds']}){paper}"
+    paper = "" if math.isnan(cell["paper"]) else f" [{cell['paper']:.2f}]"
+    return f"{mean_text(cell['mean'], cell['sd'])} ({cell['seeds']}){paper}"
 
 
 def marked(texts: pd.Series, values: pd.Series) -> list[str]:
@@ -283,19 +281,24 @@ def markdown(cells: pd.DataFrame) -> str:
     cells = cells.assign(text=cells.apply(cell_text, axis=1))
     tasks = [task for task in COLUMNS if task in set(cells["task"])]
     rows = list(dict.fromkeys(cells["row"]))
-    means = cells.pivot(index="row", columns="task", values="mean").reindex(index=rows, columns=tasks)
-    texts = cells.pivot(index="row", columns="task", values="text").reindex(index=rows, columns=tasks)
+    table = cells.pivot(index="row", columns="task").reindex(rows)
     columns = {"": rows}
     for task in tasks:
-        columns[TASKS[task].folder] = marked(texts[task].fillna(""), means[task])
+        columns[TASKS[task].folder] = marked(table["text"][task].fillna(""), table["mean"][task])
     large, small = [t for t in tasks if t in LARGE], [t for t in tasks if t not in LARGE]
     groups = {"large avg": large, "small avg": small} if large and small else {}
     for name, group in (groups | {"all avg": tasks}).items():
         if len(group) > 1:
-            average = means[group].mean(axis=1, skipna=False)
-            columns[name] = marked(average.map("{:.2f}".format).where(average.notna(), ""), average)
+            average = table["mean"][group].mean(axis=1, skipna=False)
+            columns[name] = marked(average.map(lambda mean: mean_text(mean, math.nan)), average)
     lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def length_text(usual: pd.Series) -> str:
+    like = " of like length" * bool(usual["group_by_length"])
+    updates = f"{usual['total_steps']} updates of {math.prod(usual[BATCH])} examples{like}"
+    return f"{updates}, at most {usual['max_length']} tokens, evaluated every {usual['eval_every']}"
 
 
 def caption(runs: pd.DataFrame, shared: Mapping[str, Any], paper: bool) -> Iterator[str]:
@@ -307,30 +310,21 @@ def caption(runs: pd.DataFrame, shared: Mapping[str, Any], paper: bool) -> Itera
     if shared:
         yield f"All rows: {settings_text(shared)}."
     yield ""
-    shapes = runs.groupby(["task", "method"], sort=False)["shape"].agg(lambda s: s.mode()[0]).reset_index()
-    lengths = [
-        {k: v for k, v in json.loads(s).items() if k not in ("data", "encoder")} for s in shapes["shape"]
-    ]
-    shapes["shape"] = [json.dumps(length) for length in lengths]
-    for (task, most), those in shapes.groupby(["task", "shape"], sort=False):
-        c = json.loads(most)
-        several = shapes[shapes["task"] == task]["shape"].nunique() > 1
-        which = f" ({', '.join(NAMES[method] for method in those['method'])})" if several else ""
-        yield (
-            f"- {TASKS[task].folder}{which}: {TASKS[task].metric.replace('_', ' ')}; {c['total_steps']} "
-            f"updates of {math.prod(c[name] or 1 for name in BATCH)} examples"
-            f"{' of like length' * bool(c['group_by_length'])}, at most {c['max_length']} tokens, evaluated "
-            f"every {c['eval_every']}"
-        )
+    runs = runs.assign(length=runs.apply(length_text, axis=1))
+    for task, own in sorted(runs.groupby("task"), key=lambda item: COLUMNS.index(item[0])):
+        for length, those in own.groupby("length", sort=False):
+            methods = ", ".join(METHODS[method] for method in those["method"].unique())
+            which = f" ({methods})" if own["length"].nunique() > 1 else ""
+            yield f"- {TASKS[task].folder}{which}: {TASKS[task].metric.replace('_', ' ')}; {length}"
 
 
 def print_table(args: Namespace) -> None:
-    def real(run: FinishedRun) -> bool:
+    def is_real(run: FinishedRun) -> bool:
         if run.config["demo"]:
             raise UsageError("a demo run")
         return True
 
-    runs = read_runs(args, real)
+    runs = read_runs(args, is_real)
     cells = cells_of(runs)
     if args.csv:
         print(cells.round(4).to_csv(index=False), end="")
@@ -339,7 +333,7 @@ def print_table(args: Namespace) -> None:
     for model, own in cells.groupby("model", sort=False):
         paper = bool(own["paper"].notna().any())
         about = caption(runs[runs["model"] == model], runs.attrs["shared"], paper)
-        sections.append("\n\n".join([markdown(own), "\n".join(about)]))
+        sections += [markdown(own), "\n".join(about)]
     print("\n\n".join(sections))
 
 
@@ -353,172 +347,155 @@ def print_ranks(args: Namespace) -> None:
         return run.results["ranks"]
 
     runs = read_runs(args, ranks)
-    same_model(runs["run"])
-    modules = list(runs["found"][0])
-    patterns = {
-        name: pd.DataFrame(list(group["found"])).mean()[modules].to_dict()
-        for name, group in groups_of(runs).items()
-    }
+    check_same_model(runs["run"])
+    groups = named_groups(runs)
+    patterns = {name: pd.DataFrame(list(of["found"])).mean().round(2).to_dict() for name, of in groups}
     if args.o:
         figures.save(figures.ranks(patterns), args.o)
-        return
-    rounded = {name: {m: round(r, 2) for m, r in ranks.items()} for name, ranks in patterns.items()}
-    print("\n\n".join(f"{name}\n{rank_table(ranks)}" for name, ranks in rounded.items()))
+    else:
+        print("\n\n".join(f"{name}\n{rank_table(pattern)}" for name, pattern in patterns.items()))
 
 
 def draw_curves(args: Namespace) -> None:
     def journal(run: FinishedRun) -> list[dict]:
         task = TASKS[run.config["task"]]
-        lines = read_lines(
-            run, "metrics.jsonl", lambda e: [e["step"], float(e[task.metric if "split" in e else "budget"])]
-        )
-        if not any(line.get("split") == task.validation[0] for line in lines):
+
+        def numbers(line: dict) -> list:
+            return [line["step"], line[task.metric if "split" in line else "budget"]]
+
+        lines = read_lines(run, "metrics.jsonl", numbers)
+        if not {None, task.validation[0]} <= {line.get("split") for line in lines}:
             raise UsageError("metrics.jsonl has no evaluation")
         return lines
 
-    lines = []
-    for name, group in groups_of(read_runs(args, journal)).items():
-        task = TASKS[group["task"].iloc[0]]
-        split = task.validation[0]
-        scores = [{e["step"]: e[task.metric] for e in of if e.get("split") == split} for of in group["found"]]
-        budgets = [{e["step"]: e["budget"] for e in of if "budget" in e} for of in group["found"]]
-        panel = task.folder, task.metric.replace("_", " ")
-        lines.append(figures.Curve(name, group["row"].iloc[0], *panel, *map(pd.DataFrame, (scores, budgets))))
-    figures.save(figures.curves(lines), args.o or Path("curves.png"))
+    def over_seeds(lines: pd.DataFrame, value: str) -> pd.DataFrame:
+        """Mean, min and max by step, at the steps that all seeds have."""
+        values = lines.groupby("step")[value].agg(["mean", "min", "max", "count"])
+        return values[values["count"] == lines["folder"].nunique()]
+
+    curves = {}
+    for name, lines in read_found(args, journal).items():
+        task = TASKS[lines["task"].iloc[0]]
+        scores = over_seeds(lines[lines["split"] == task.validation[0]], task.metric)
+        place = lines["row"].iloc[0], task.folder, task.metric.replace("_", " ")
+        curves[name] = figures.Curve(*place, scores, over_seeds(lines, "budget"))
+    figures.save(figures.curves(curves), args.o or Path("curves.png"))
 
 
 def print_agreement(args: Namespace) -> None:
     def agreement(run: FinishedRun) -> list[dict]:
-        return read_lines(
-            run,
-            "score_agreement.jsonl",
-            lambda e: [
-                e["step"],
-                e["budget"],
-                e["sigma_cv"],
-                *e["spearman"].values(),
-                *e["jaccard"].values(),
-            ],
-        )
+        def numbers(line: dict) -> list:
+            may_be_none = [line["sigma_cv"], *line["spearman"].values()]
+            defined = [number for number in may_be_none if number is not None]
+            return [line["step"], line["budget"], *line["jaccard"].values(), *defined]
+
+        b0 = run.results["budget"]["b0"]
+        return [line | {"b0": b0} for line in read_lines(run, "score_agreement.jsonl", numbers)]
 
     found = {}
-    for name, group in groups_of(read_runs(args, agreement)).items():
-        lines = pd.json_normalize([line for of_run in group["found"] for line in of_run])
-        b0 = group["run"].map(lambda run: run.results["budget"]["b0"]).mean()
+    for name, lines in read_found(args, agreement).items():
         # Two random sets of k of n triplets share k²/n of them.
-        chance = (lines["budget"] / (2 * b0 - lines["budget"])).where(lines["budget"] > 0, 1.0).mean()
-        variation = lines.dropna(subset=["sigma_cv"]).groupby("step")["sigma_cv"].mean().to_dict()
-        matrices = [matrix_of(lines, measure) for measure in ("spearman", "jaccard")]
-        found[name] = figures.Agreement(*matrices, chance, variation)
+        chance = (lines["budget"] / (2 * lines["b0"] - lines["budget"])).where(lines["budget"] > 0, 1.0)
+        variation = lines.dropna(subset="sigma_cv").groupby("step")["sigma_cv"].mean()
+        found[name] = figures.Agreement(agreement_matrix(lines), chance.mean(), variation)
     print("\n\n".join(agreement_text(name, agreement) for name, agreement in found.items()))
     if args.o:
         figures.save(figures.agreement(found), args.o)
 
 
-def matrix_of(lines: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """Means over allocations and seeds, (scores, scores); NaN where the measure is not defined."""
-    means = lines.filter(regex=f"^{measure}\\.").astype(float).mean()
-    pairs = [name.removeprefix(f"{measure}.").split("/") for name in means.index]
-    scores = list(dict.fromkeys(itertools.chain(*pairs)))
-    matrix = pd.DataFrame(np.eye(len(scores)), scores, scores)
-    for (a, b), value in zip(pairs, means, strict=True):
-        matrix.loc[a, b] = matrix.loc[b, a] = value
+def agreement_matrix(lines: pd.DataFrame) -> pd.DataFrame:
+    """Means over allocations and seeds, (scores, scores): Spearman above the diagonal, Jaccard below it.
+
+    NaN on the diagonal, and where a measure is not defined.
+    """
+    means = lines.filter(regex=r"^(spearman|jaccard)\.").astype(float).mean()
+    pairs = {name: name.partition(".")[2].split("/") for name in means.index}
+    scores = list(dict.fromkeys(itertools.chain(*pairs.values())))
+    matrix = pd.DataFrame(math.nan, scores, scores)
+    for name, (a, b) in pairs.items():
+        matrix.loc[(a, b) if name.startswith("spearman") else (b, a)] = means[name]
     return matrix
 
 
 def agreement_text(name: str, agreement: figures.Agreement) -> str:
-    """Spearman above the diagonal, Jaccard below it."""
-    both = agreement.both()
-    lines = [name, both.to_string(float_format="{:.3f}".format, na_rep="")]
+    lines = [name, agreement.matrix.to_string(float_format="{:.3f}".format, na_rep="")]
     lines.append(f"Jaccard of two scores that have nothing in common: {agreement.chance:.3f}")
-    if agreement.sigma_cv:
-        last = max(agreement.sigma_cv)
-        lines.append(f"coefficient of variation of σ at the last allocation: {agreement.sigma_cv[last]:.2g}")
+    if len(agreement.sigma_cv):
+        last = agreement.sigma_cv.iloc[-1]
+        lines.append(f"coefficient of variation of σ at the last allocation: {last:.2g}")
     return "\n".join(lines)
 
 
 # ---- prediction ----------------------------------------------------------------------------------------
 
 
-def evaluated(args: Namespace, wanted: Callable[[FinishedRun, list[dict]], bool]) -> dict[str, pd.DataFrame]:
+def read_evaluated(
+    args: Namespace, wanted: Callable[[FinishedRun, list[dict]], bool]
+) -> dict[str, pd.DataFrame]:
     """By group, a line an evaluation of the task's (first) validation split, as tools.evaluate wrote it, with
-    "run" and "how". Runs that have none, or an unwanted one, are left out."""
+    "how". Runs that have none, or an unwanted one, are left out."""
 
     def rows(run: FinishedRun) -> list[dict]:
-        found = evaluations(run, TASKS[run.config["task"]].validation[0])
+        found = read_evaluations(run, TASKS[run.config["task"]].validation[0])
         return found if wanted(run, found) else []
 
     groups = {}
-    for name, group in groups_of(read_runs(args, rows)).items():
-        lines = [
-            {"run": run, **row} for run, of in zip(group["run"], group["found"], strict=True) for row in of
-        ]
-        frame = pd.DataFrame(lines).sort_values(["samples", "temperature"], kind="stable")
-        frame["how"] = [
-            f"{n} draws, τ = {tau:g}" if n else "mean"
-            for n, tau in zip(frame["samples"], frame["temperature"], strict=True)
-        ]
-        frame.attrs |= {"task": group["task"].iloc[0], "row": group["row"].iloc[0]}
-        groups[name] = frame
+    for name, found in read_found(args, rows).items():
+        frame = found.sort_values(["samples", "temperature"], kind="stable")
+        kinds = zip(frame["samples"], frame["temperature"], strict=True)
+        groups[name] = frame.assign(how=[f"{n} draws, τ = {tau:g}" if n else "mean" for n, tau in kinds])
     return groups
 
 
 def calibration_table(found: Mapping[str, pd.DataFrame]) -> str:
     """Markdown: mean ± standard deviation over seeds, in percent but for NLL and Brier score."""
     lines = ["|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |", "| --- " * 8 + "|"]
-    for frame in found.values():
-        task = TASKS[frame.attrs["task"]]
-        shown = [(task.metric, 100, 2), ("accuracy", 100, 2), ("nll", 1, 4), ("ece", 100, 2), ("brier", 1, 4)]
-        for how, rows in frame.groupby("how", sort=False):
-            cells = []
-            for metric, scale, digits in shown:
-                values = scale * rows[metric] if metric in rows else pd.Series(dtype=float)
-                deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
-                cells.append(f"{values.mean():.{digits}f}{deviation}" if len(values) else "")
-            name = f"{task.folder}, {frame.attrs['row']}"
-            lines.append(f"| {name} | {how} | {len(rows)} | {' | '.join(cells)} |")
+    for (task, row, how), rows in itertools.chain(
+        *(frame.groupby(["task", "row", "how"], sort=False) for frame in found.values())
+    ):
+        cells = []
+        for metric in (TASKS[task].metric, "accuracy", "nll", "ece", "brier"):
+            scale, digits = (1, 4) if metric in ("nll", "brier") else (100, 2)
+            values = scale * rows.get(metric, pd.Series(dtype=float))
+            cells.append(mean_text(values.mean(), values.std(), digits))
+        lines.append(f"| {TASKS[task].folder}, {row} | {how} | {len(rows)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def read_predictions(row: pd.Series) -> tuple[np.ndarray, np.ndarray]:
+def read_predictions(row: Any) -> tuple[np.ndarray, np.ndarray]:
     """Probabilities (n, classes) and labels (n,) that belong to an evaluation. Raises UsageError."""
-    folder, split = row["run"].folder, row["split"]
-    tensors, metadata = read_tensors(folder / "predictions.safetensors")
-    rows = json.loads((folder / "evaluation.json").read_text())["evaluations"]
-    key = f"tau={row['temperature']:g}" if row["samples"] else "mean"
-    p, labels = tensors.get(f"{split}.{key}"), tensors.get(f"{split}.labels")
+    path = row.folder / "predictions.safetensors"
+    tensors, metadata = read_tensors(path)
+    rows = json.loads((row.folder / "evaluation.json").read_text())["evaluations"]
+    key = f"tau={row.temperature:g}" if row.samples else "mean"
+    p, labels = tensors.get(f"{row.split}.{key}"), tensors.get(f"{row.split}.labels")
     there = p is not None and labels is not None and labels.ndim == 1 and p.ndim == 2
     if not there or len(p) != len(labels) or metadata.get("evaluations") != json.dumps(rows):
-        mend = "is not of the same evaluation as evaluation.json: tools.evaluate again"
-        raise UsageError(f"{folder / 'predictions.safetensors'} {mend}")
+        raise UsageError(f"{path} is not of the same evaluation as evaluation.json: tools.evaluate again")
     return p.numpy(), labels.numpy()
 
 
 def print_calibration(args: Namespace) -> None:
-    found = evaluated(args, lambda run, _: bool(TASKS[run.config["task"]].labels))
+    found = read_evaluated(args, lambda run, _: bool(TASKS[run.config["task"]].labels))
     print(calibration_table(found))
-    if args.o:
-        panels = {}
-        for name, frame in found.items():
-            shown = frame[(frame["samples"] == 0) | (frame["temperature"] == 1)]
-            panels[name] = {
-                how: tuple(
-                    map(np.concatenate, zip(*(read_predictions(r) for _, r in rows.iterrows()), strict=True))
-                )
-                for how, rows in shown.groupby("how", sort=False)
-            }
-        figures.save(figures.reliability_diagrams(panels), args.o)
+    if not args.o:
+        return
+    panels = {name: {} for name in found}
+    for name, frame in found.items():
+        shown = frame[(frame["samples"] == 0) | (frame["temperature"] == 1)]
+        for how, rows in shown.groupby("how", sort=False):
+            of_seeds = zip(*map(read_predictions, rows.itertuples()), strict=True)
+            panels[name][how] = tuple(map(np.concatenate, of_seeds))
+    figures.save(figures.reliability_diagrams(panels), args.o)
 
 
 def print_temperature(args: Namespace) -> None:
-    found = evaluated(args, lambda _, rows: any(row["samples"] for row in rows))
+    found = read_evaluated(args, lambda _, rows: any(row["samples"] for row in rows))
     print(calibration_table(found))
     if args.o:
-        lines = {}
-        for name, frame in found.items():
-            frame["error"] = 100 * (1 - frame[TASKS[frame.attrs["task"]].metric])
-            lines[name] = [frame.groupby("temperature")[y] for y in ("error", "nll") if y in frame]
-        figures.save(figures.temperature(lines), args.o)
+        for frame in found.values():
+            frame["error"] = 100 * (1 - frame[TASKS[frame["task"].iloc[0]].metric])
+        figures.save(figures.temperature(found), args.o)
 
 
 # ---- main ----------------------------------------------------------------------------------------------
@@ -545,8 +522,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
     commands = verbs.add_parser("commands", help="the grid, a run_glue.py command a line")
     commands.add_argument("--tasks", nargs="+", choices=TASKS, default=list(glue.TASKS))
-    commands.add_argument("--seeds", nargs="+", type=whole(0), default=SEEDS)
-    commands.add_argument("--ranks", nargs="+", type=number(0), default=(2, 4))
+    commands.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    commands.add_argument("--ranks", nargs="+", type=float, default=(2, 4))
     commands.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     commands.add_argument("--missing", type=Path, metavar="RUNS", help="leave out what is finished in RUNS")
     commands.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags that every command gets")
@@ -559,9 +536,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         if name == "table":
             verb.add_argument("--csv", action="store_true", help="a line a cell, as CSV")
         else:
-            verb.add_argument(
-                "-o", type=picture, metavar="PICTURE", help="where to draw it: .png, .pdf, .svg"
-            )
+            verb.add_argument("-o", type=picture, metavar="PICTURE", help="a file: .png, .pdf, .svg")
         verb.set_defaults(do=do)
     args = parser.parse_args(argv)
     for label, *pairs in getattr(args, "name", ()):
