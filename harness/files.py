@@ -1,4 +1,4 @@
-"""Files that are whole or not there, locks, checksums.
+"""Files that are whole or not there, a folder's lock, checksums.
 
 Tensors are read from safetensors files, or by torch with `weights_only=True`: no code can hide in them.
 """
@@ -18,19 +18,28 @@ from torch import Tensor
 from harness.task import UsageError
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """All of it or nothing: written beside, renamed into place. OSError, with the path, where that fails."""
-    beside = path.with_name(path.name + ".new")
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError in the block gets the path: that of a full disk has none."""
     try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        yield
     except OSError as error:
-        with contextlib.suppress(OSError):  # the first error is the one to report
-            beside.unlink()
         raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """All of it or nothing: written beside, renamed into place."""
+    beside = path.with_name(path.name + ".new")
+    with naming(path):
+        try:
+            with beside.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+        except OSError:
+            beside.unlink(missing_ok=True)
+            raise
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -41,33 +50,26 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """An object of a JSON file. Raises UsageError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} is not a run's")
-    return content
 
 
 def append(path: Path, records: list[dict]) -> None:
-    """Add lines to a JSON-lines file. OSError, with the path, where that fails."""
-    try:
-        with path.open("a") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+    """Add lines to a JSON-lines file."""
+    with naming(path), path.open("a") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
 def cut_records(path: Path, step: int) -> None:
     """Keep a JSON-lines file's records up to a step."""
-    if not path.exists():
-        return
-    *lines, _half = path.read_text(errors="replace").split("\n")  # nothing, or what a kill has cut short
-    try:
-        kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
-    except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{path} is damaged: remove it, or start again with --overwrite") from None
-    write_whole(path, "".join(kept).encode())
+    if path.exists():
+        *lines, _half = path.read_text(errors="replace").split("\n")  # nothing, or what a kill has cut short
+        try:
+            kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{path} is damaged: remove it, or start again with --overwrite") from None
+        write_whole(path, "".join(kept).encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -105,11 +107,12 @@ def locked(folder: Path) -> Iterator[None]:
     """For the length of the block no other process can lock the folder; UsageError if one has."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f"{folder}: another process is writing there") from None
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UsageError(f"{folder}: another process is writing there") from None
+    except OSError:  # some network file systems have no locks
+        pass
+    try:
         yield
     finally:
         os.close(descriptor)

@@ -8,7 +8,9 @@ from typing import Any
 class EndsRun(Exception):
     """Ends the program with one line on stderr and an exit status."""
 
-    status = 2
+    def __init__(self, message: str, status: int = 2):
+        super().__init__(message)
+        self.status = status
 
 
 class UsageError(EndsRun, ValueError):

@@ -33,13 +33,13 @@ import json, os, signal, sys
 import torch
 import torch.distributed as dist
 import run_glue
-from harness import run_folder
+from harness import files
 from harness.settings import exit_status
 
 rank, folder = int(os.environ["RANK"]), os.environ["WATCHED_FOLDER"]
 trouble, trouble_at = os.environ["TROUBLE"], int(os.environ["TROUBLE_AT"])
 seen = {"reductions": 0, "written": []}
-all_reduce, allocators, append, task_loss = dist.all_reduce, [], run_folder.append, run_glue.task_loss
+all_reduce, allocators, append, task_loss = dist.all_reduce, [], files.append, run_glue.task_loss
 
 def counted(*args, **kwargs):
     seen["reductions"] += 1
@@ -60,7 +60,7 @@ class Allocator(run_glue.RankAllocator):
         if t == trouble_at and rank == 1 and trouble == "torchrun":
             os.kill(os.getppid(), signal.SIGTERM)
         if t == trouble_at and trouble == "disk":
-            run_folder.append = full
+            files.append = full
 
 def full(path, lines):
     raise OSError(28, "No space left on device", str(path))
