@@ -153,7 +153,7 @@ def report(results: dict, settings: Settings) -> None:
 def main(argv: list[str] | None = None) -> None:
     settings = Settings.from_command_line(argv, __doc__)
     run_folder.check_free(settings)
-    check_device(settings)
+    check_device(settings.device)
     with processes.joined(settings.device):
         train(settings)
 

@@ -390,8 +390,8 @@ def load_adapter(folder: Path, model: nn.Module, settings: Settings) -> dict[str
         if metadata != scale(settings) or trained(model).keys() != tensors.keys():
             raise RuntimeError("other adapters, or another scale")
         model.load_state_dict(tensors, strict=False)
-        shapes = {name: p.shape for name, p in trained(model).items()}
-        if sigma and shapes != {name: x.shape for name, x in sigma.items()}:
+        kinds = {name: (p.shape, p.dtype) for name, p in trained(model).items()}
+        if sigma and kinds != {name: (x.shape, x.dtype) for name, x in sigma.items()}:
             raise RuntimeError("the posterior is of another adapter")
     except RuntimeError as error:
         raise UsageError(f"{folder}/adapter does not fit config.json and the model: {error}") from None

@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     s = evaluation_settings(run, **given)
     task = task_of(s)
     names = check(args, task)
-    check_device(s)
+    check_device(s.device)
     data = task.load(s.data_dir, names)
     tokenizer, model, _, sigma = load_model(run, s)
     collate = DataCollatorWithPadding(tokenizer)

@@ -1,13 +1,14 @@
-"""A finished run: its settings and results, and its model with the best adapter."""
+"""A finished run: its settings and results, its records, and its model with the best adapter."""
 
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterator
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args, get_origin
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,11 +16,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import fused
 from harness import encoder
 from harness.files import read_json
-from harness.run_folder import fingerprint, load_adapter
+from harness.run_folder import IN_RESULTS, fingerprint, load_adapter
 from harness.settings import DEMO, Settings, task_of
 from harness.task import UsageError
 
-SHARED = ("task", "method", "optimizer", "score", "seed", "demo")  # in config.json and in results.json
+# What reading a file raises that is not what a run writes.
+DAMAGED = (UsageError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 
 
 class FinishedRun(NamedTuple):
@@ -30,41 +32,33 @@ class FinishedRun(NamedTuple):
     results: dict
 
 
-CHECKS = {  # of config.json and results.json: what is wrong unless it holds
-    "config.json and results.json differ": lambda c, r: all(c[key] == r[key] for key in SHARED),
-    "config.json is incomplete": lambda c, _: c["model"] and c["total_steps"] and "target_rank" in c,
-    "results.json has no best score": lambda _, r: math.isfinite(r["best"][r["metric"]]),
-    "results.json has no ranks": lambda _, r: all(type(rank) is int for rank in r["ranks"].values()),
-    "results.json has no budget": lambda _, r: type(r["budget"]["b0"]) is int,
-}
-
-
 def read_run(folder: Path) -> FinishedRun:
-    """Raises UsageError unless everything used here is there, as a run writes it."""
+    """Raises UsageError unless both files are there and are as a run writes them."""
     for name, what in (("config.json", "is not a run"), ("results.json", "is not finished")):
         if not (folder / name).is_file():
             raise UsageError(f"{folder} {what}: it has no {name}")
-    run = FinishedRun(folder, read_json(folder / "config.json"), read_json(folder / "results.json"))
-    for problem, holds in CHECKS.items():
-        try:
-            if holds(run.config, run.results):
-                continue
-        except (KeyError, TypeError, AttributeError):  # something is missing, or is not what it should be
-            pass
-        raise UsageError(f"{folder} is not a run: {problem}")
-    for f in fields(Settings):
-        if f.name != "temperature" and not can_be(run.config.get(f.name, f.default), f):
-            raise UsageError(f"{folder} is not a run: {f.name} is {run.config[f.name]!r} in config.json")
-    settings = Settings.from_config(run.config)
+    config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
     try:
+        settings = Settings.from_config(config)
+        settled = ("task", "seed", "model", "batch_size", "total_steps", "max_length", "eval_every")
+        wrong = [f.name for f in fields(Settings) if not can_be(config.get(f.name, f.default), f)]
+        wrong += [name for name in settled if (not config[name] and name != "seed") or config[name] is None]
+        wrong += [name for name in IN_RESULTS if config[name] != results[name]]
+        wrong += [] if math.isfinite(results["best"][results["metric"]]) else ["best"]
+        wrong += [name for name, rank in results["ranks"].items() if type(rank) is not int]
+        wrong += [] if type(results["budget"]["b0"]) is int else ["budget"]
         task_of(settings).settings(settings.method, settings.optimizer)
-    except (TypeError, KeyError) as error:
-        raise UsageError(f"{folder}: its settings are not run_glue.py's: {error!r}") from None
-    return run
+    except DAMAGED as error:
+        wrong = [repr(error)]
+    if wrong:
+        raise UsageError(f"{folder} is not a run: config.json or results.json is damaged ({wrong[0]})")
+    return FinishedRun(folder, config, results)
 
 
 def can_be(value: Any, f: Field) -> bool:
     """Whether JSON's value can be this setting's: a whole number is a float, too, and text a path."""
+    if f.name == "temperature":  # a list, in earlier runs
+        return True
     choices = f.metadata["options"].get("choices")
     kinds = {get_origin(kind) or kind for kind in get_args(f.type) or (f.type,)}
     json_types = {float: {int, float}, Path: {str}}
@@ -72,24 +66,45 @@ def can_be(value: Any, f: Field) -> bool:
     return right_type and (choices is None or value is None or value in choices)
 
 
-def find_runs(folders: list[Path], skip: Callable[[Path, str], None]) -> list[FinishedRun]:
-    """The finished runs in and under `folders`, in the order of their paths; `skip` hears of the others."""
+def find_runs(folders: list[Path]) -> Iterator[FinishedRun]:
+    """The finished runs in and under `folders`, in the order of their paths; others are named on stderr."""
     for folder in folders:
         if not folder.is_dir():
             raise UsageError(f"{folder} is not a folder of runs")
     names = ("config.json", "results.json")
     found = {file.parent.resolve(): file.parent for f in folders for name in names for file in f.rglob(name)}
-    runs = []
     for folder in sorted(found.values()):
         try:
-            runs.append(read_run(folder))
+            yield read_run(folder)
         except UsageError as error:
-            skip(folder, str(error).removeprefix(f"{folder}").lstrip(": "))
-    return runs
+            skip(folder, error)
 
 
-def skip(folder: Path, why: str) -> None:
-    sys.stderr.write(f"skipped {folder}: {' '.join(why.split())}\n")
+def skip(folder: Path, why: Exception | str) -> None:
+    text = str(why) if isinstance(why, (str, UsageError)) else repr(why)
+    text = text.removeprefix(str(folder)).lstrip(": ")
+    sys.stderr.write(f"skipped {folder}: {' '.join(text.split())}\n")
+
+
+def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
+    """One of the run's .jsonl files, a line a line; nested names are joined by dots."""
+    path = run.folder / name
+    if not path.exists():
+        flag = " (it takes --track_scores)" * (name == "score_agreement.jsonl")
+        raise UsageError(f"no {name}{flag}")
+    return pd.json_normalize([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+
+
+def read_evaluations(run: FinishedRun, split: str) -> pd.DataFrame:
+    """What tools.evaluate found on a split, a line an evaluation."""
+    rows = pd.DataFrame(read_json(run.folder / "evaluation.json")["evaluations"])
+    rows = rows[rows["split"] == split]
+    where = {"model": run.config["model"], "data_dir": run.config["data_dir"]}
+    if any(row[key] != value for row in rows[list(where)].to_dict("records") for key, value in where.items()):
+        raise UsageError("evaluated with another model or other data than it was trained with")
+    if rows.empty or rows.drop(columns=["split", *where]).astype(float).isna().any(axis=None):
+        raise UsageError(f"evaluation.json has nothing of {split}, or is damaged")
+    return rows.drop(columns=list(where))
 
 
 def evaluation_settings(run: FinishedRun, **given: Any) -> Settings:
@@ -117,49 +132,3 @@ def load_model(
     if not settings.plain:
         fused.fuse(model, layers)
     return tokenizer, model, layers, sigma
-
-
-def check_numbers(rows: list[dict], numbers: Callable[[dict], Iterable], name: str) -> list[dict]:
-    """The rows. UsageError unless there are some, and `numbers` finds finite numbers alone in each."""
-    try:
-        values = [number for row in rows for number in numbers(row)]
-        if values and all(map(math.isfinite, values)):
-            return rows
-    except (TypeError, KeyError, AttributeError):  # not what a run leaves
-        pass
-    raise UsageError(f"{name} has nothing to use, or is damaged")
-
-
-def read_lines(run: FinishedRun, name: str, numbers: Callable[[dict], Iterable]) -> list[dict]:
-    """The objects of one of the run's .jsonl files, each with finite `numbers`. Raises UsageError."""
-    try:
-        text = (run.folder / name).read_text(encoding="utf-8")
-        return check_numbers([json.loads(line) for line in text.splitlines()], numbers, name)
-    except FileNotFoundError:
-        flag = " (it takes --track_scores)" * (name == "score_agreement.jsonl")
-        raise UsageError(f"no {name}{flag}") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{name} cannot be read: {error}") from None
-
-
-def read_evaluations(run: FinishedRun, split: str) -> list[dict]:
-    """What tools.evaluate found on a split. UsageError if nothing, or with another model or other data."""
-    where, path = ("model", "data_dir"), run.folder / "evaluation.json"
-    try:
-        rows = [row for row in read_json(path)["evaluations"] if row["split"] == split]
-        same = all(row[key] == run.config.get(key) for row in rows for key in where)
-    except (KeyError, TypeError) as error:
-        raise UsageError(f"{path} cannot be used: {error!r}") from None
-    if not same:
-        raise UsageError("evaluated with another model or other data than it was trained with")
-    return check_numbers(rows, lambda row: [row[key] for key in row.keys() - {"split", *where}], path.name)
-
-
-def check_same_model(runs: Iterable[FinishedRun]) -> None:
-    """Raise UsageError unless all runs have the same model and adapters."""
-    first, *others = runs
-    for run in others:
-        models = first.config["model"], run.config["model"]
-        if models[0] != models[1] or first.results["ranks"].keys() != run.results["ranks"].keys():
-            which = f"{first.folder} and {run.folder} are of different models or adapters"
-            raise UsageError(f"{which} ({models[0]}, {models[1]}): draw them one by one")

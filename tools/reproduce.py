@@ -3,7 +3,7 @@
     python -m tools.reproduce commands > grid.txt                  # 15 rows × 8 tasks × 5 seeds
     python -m tools.reproduce commands --missing runs              # those without a finished run in runs/
     python -m tools.reproduce commands --tasks rte -- --bf16       # flags that every line gets
-    python -m tools.reproduce table runs                           # Table I as Markdown, or with --csv
+    python -m tools.reproduce table runs                           # Table I as Markdown
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
     python -m tools.reproduce curves runs -o curves.png            # score and budget against the step
     python -m tools.reproduce agreement runs -o agreement.png      # of runs with --track_scores
@@ -39,20 +39,23 @@ from harness import glue
 from harness.encoder import TARGETS
 from harness.files import read_tensors
 from harness.metrics import rank_table
-from harness.settings import IDENTITY, MODEL, NOTHING, SHAPE, TASKS, Parser, Settings, exit_status, task_of
+from harness.settings import IDENTITY, MODEL, SHAPE, TASKS, Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from scores import SCORES
 from tools import figures
-from tools.finished import FinishedRun, check_same_model, find_runs, read_evaluations, read_lines, skip
+from tools.finished import DAMAGED, FinishedRun, find_runs, read_evaluations, read_lines, skip
 
 PAPER = Path(__file__).resolve().parent.parent / "results/paper_table1.csv"
 SEEDS = (2021, 2022, 2023, 2024, 2025)
-LARGE = ("mnli", "qqp", "qnli", "sst2")  # as [C] groups the tasks; all others are small
+LARGE = ("mnli", "qqp", "qnli", "sst2")  # [C] has these tasks on the left
 COLUMNS = [*LARGE, *(task for task in TASKS if task not in LARGE)]
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA"}  # in the order of [C] table I
 OPTIMIZERS = {"adamw": "AdamW", "ivon": "IVON"}
 OWN_PLACE = {"task", "seed", "method", "optimizer", "score", "target_rank", "demo"}  # shown by themselves
 BATCH = ["batch_size", "grad_accum", "processes"]
+# Length, batches, and checksums of data and frozen weights.
+SHAPES = {f.name: f.default for f in fields(Settings) if f.metadata["role"] == SHAPE}
+SHAPES |= {"data": None, "encoder": None}
 GROUP = ["model", "row", "task"]  # the same for runs that differ in the seed alone
 
 
@@ -69,7 +72,7 @@ def grid(tasks: list[str], seeds: list[int], ranks: list[float], methods: list[s
             pairs = ["adamw --score sensitivity"]
             pairs += [f"ivon --score {s}" for s in ("sensitivity", "snr_abs", "snr", "mu", "inv_sigma")]
             rows += [f"--method adalora --optimizer {pair} --target_rank {rank:.12g}" for pair in pairs]
-    for task, row, seed in itertools.product(*map(dict.fromkeys, (tasks, rows, seeds))):
+    for task, row, seed in itertools.product(tasks, rows, seeds):
         yield f"--task {task} {row} --seed {seed}".split()
 
 
@@ -77,27 +80,16 @@ def print_commands(args: Namespace) -> None:
     own = {"--task", "--method", "--optimizer", "--score", "--target_rank", "--seed", "--output_dir"}
     if taken := own.intersection(word.split("=")[0] for word in args.flags):
         raise UsageError(f"every line has its own {min(taken)}: leave it out after --")
-    finished = find_runs([args.missing], skip) if args.missing and args.missing.exists() else []
     lines = []
     for argv in grid(args.tasks, args.seeds, args.ranks, args.methods):
         settings = Settings.from_command_line([*argv, *args.flags], __doc__)
-        wanted = as_json(settings.resolve(task_of(settings).train_size))
-        if any(all(run.config.get(k, v) == v for k, v in wanted.items()) for run in finished):
-            continue
         if args.missing:
-            name = settings.output_dir.name
-            names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
-            free = next(n for n in names if not (args.missing / n / "results.json").exists())
-            argv += ["--output_dir", str(args.missing / free), "--resume"]
+            folder = args.missing / settings.output_dir.name
+            if (folder / "results.json").exists():
+                continue
+            argv += ["--output_dir", str(folder), "--resume"]
         lines.append(shlex.join(["python", "run_glue.py", *argv, *args.flags]) + "\n")
     print("".join(lines), end="")
-
-
-def as_json(settings: Settings) -> dict[str, Any]:
-    """What decides a run's result, as its config.json has it; `targets` only if they were given."""
-    values = {f.name: getattr(settings, f.name) for f in fields(settings) if f.metadata["role"] != NOTHING}
-    values |= {"model": settings.model, "device": None}
-    return json.loads(json.dumps({k: v for k, v in values.items() if v is not None}, default=str))
 
 
 # ---- runs into rows ------------------------------------------------------------------------------------
@@ -117,22 +109,6 @@ def departures(config: Mapping[str, Any]) -> dict[str, Any]:
         usual["targets"] = config["targets"]
     own = [f.name for f in fields(Settings) if f.metadata["role"] == IDENTITY and f.name not in OWN_PLACE]
     return {k: config[k] for k in own if config.get(k) is not None and config[k] != usual[k]}
-
-
-def shapes(runs: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Length, batches and checksums of data and frozen weights: a run's, and those of most runs like it.
-
-    Both have a line a run and a column a setting; None or NaN is what no run, or an earlier one, tells.
-    """
-    shape = [f for f in fields(Settings) if f.metadata["role"] == SHAPE]
-    lines = [
-        {f.name: run.config.get(f.name, f.default) for f in shape}
-        | {name: run.config.get(name) for name in ("data", "encoder")}
-        for run in runs["run"]
-    ]
-    own = pd.DataFrame(lines, dtype=object)
-    alike = own.groupby([runs["model"], runs["task"], runs["method"]])
-    return own, alike.transform(lambda values: next(iter(values.mode()), None))
 
 
 def with_names(settings: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
@@ -156,52 +132,56 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(k if v is None else f"{k} {str(v).removesuffix('.0')}" for k, v in settings.items())
 
 
-def row_label(config: Mapping[str, Any], settings: str) -> str:
+def row_label(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     rank = config["target_rank"] is not None and f"r={config['target_rank']:g}"
     what = METHODS[config["method"]], OPTIMIZERS[config["optimizer"]], config["score"], rank
-    return " ".join(part for part in [config["demo"] and "demo", *what, settings and f"({settings})"] if part)
+    own = settings and f"({settings_text(settings)})"
+    return " ".join(part for part in [config["demo"] and "demo", *what, own] if part)
 
 
-def order(config: Mapping[str, Any], settings: str) -> tuple:
+def order(config: Mapping[str, Any], row: str) -> tuple:
     """As in [C] table I: full fine-tuning, then rank by rank LoRA and AdaLoRA."""
     kind = list(METHODS).index(config["method"]), list(OPTIMIZERS).index(config["optimizer"])
-    row = (config["target_rank"] or 0, *kind, [None, *SCORES].index(config["score"]), settings)
-    return (config["model"], *row, COLUMNS.index(config["task"]), config["seed"])
+    place = (config["target_rank"] or 0, *kind, [None, *SCORES].index(config["score"]), row)
+    return (config["model"], *place, COLUMNS.index(config["task"]), config["seed"])
 
 
 def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFrame:
-    """A line a run, in the paper's order: run, model, task, method, seed, row (its label), what it `needs`
-    ("found"), settings that depart from the published ones, and the usual length and batches.
+    """A line a run, in the paper's order: run, model, task, method, seed, row (its label), SHAPES, settings
+    that depart from the published ones, and what it `needs` ("found").
 
-    Left out by name: a run whose settings cannot be compared, whose `needs` (a function that may raise
-    UsageError) is nothing, or that repeats settings and seed of another. For a table, `attrs["shared"]` has
-    the settings that all runs share, and no label has them. UsageError if no run is left.
+    A setting of SHAPES that differs between runs of one model, task and method is in their labels. Left out
+    by name is a run that `needs`, a function, cannot read, or that repeats settings and seed of another. For
+    a table, `attrs["shared"]` has the settings that all runs share, and no label has them.
     """
     lines = []
-    for run in find_runs(args.runs, skip):
+    for run in find_runs(args.runs):
         try:
-            line = {"run": run, "departs": departures(run.config), "found": needs(run)}
-        except (UsageError, TypeError, ZeroDivisionError) as error:
-            skip(run.folder, str(error))
+            line = {"run": run, "settings": departures(run.config), "found": needs(run)}
+        except (*DAMAGED, ZeroDivisionError) as error:
+            skip(run.folder, error)
             continue
-        if line["found"]:
-            lines.append(line | {key: run.config[key] for key in ("model", "task", "method", "seed")})
+        line |= {key: run.config[key] for key in ("model", "task", "method", "seed")}
+        lines.append(line | {name: run.config.get(name, usual) for name, usual in SHAPES.items()})
     if not lines:
         raise UsageError(f"there is no run for this in {', '.join(map(str, args.runs))}")
     runs = pd.DataFrame(lines)
-    shape, usual = shapes(runs)
-    unusual = shape.where(shape.ne(usual)).apply(lambda own: own.dropna().to_dict(), axis=1)
-    settings = [with_names(of, args.name) | own for of, own in zip(runs["departs"], unusual, strict=True)]
-    shared = dict(settings[0]) if args.verb == "table" else {}
-    for of in settings:
+    varying = runs.groupby(["model", "task", "method"])[list(SHAPES)].transform("nunique") > 1
+    shapes = runs[list(SHAPES)].astype(object).where(varying)
+    labels = [
+        with_names(of, args.name) | own.dropna().to_dict()
+        for of, (_, own) in zip(runs["settings"], shapes.iterrows(), strict=True)
+    ]
+    shared = dict(labels[0]) if args.verb == "table" else {}
+    for of in labels:
         shared = {k: v for k, v in shared.items() if k in of and of[k] == v}
-    texts = [settings_text({k: v for k, v in of.items() if k not in shared}) for of in settings]
-    labelled = list(zip((run.config for run in runs["run"]), texts, strict=True))
-    runs = runs.assign(row=[row_label(*of) for of in labelled], order=[order(*of) for of in labelled])
+    labels = [{k: v for k, v in of.items() if k not in shared} for of in labels]
+    runs["row"] = [row_label(run.config, of) for run, of in zip(runs["run"], labels, strict=True)]
+    runs["order"] = [order(run.config, row) for run, row in zip(runs["run"], runs["row"], strict=True)]
     again = runs.duplicated([*GROUP, "seed"])
     for run in runs["run"][again]:
         skip(run.folder, "the same settings and seed as another run")
-    runs = runs.join(usual)[~again].sort_values("order", ignore_index=True)
+    runs = runs[~again].sort_values("order", ignore_index=True)
     runs.attrs["shared"] = shared
     return runs
 
@@ -214,30 +194,31 @@ def named_groups(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
         yield f"{TASKS[task].folder}, {row}, {seeds}{other_model}", group
 
 
-def read_found(args: Namespace, needs: Callable[[FinishedRun], list[dict]]) -> dict[str, pd.DataFrame]:
+def read_found(args: Namespace, needs: Callable[[FinishedRun], pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """By name of a group, the lines that each of its runs `needs`, with the run's folder, task and row."""
-    groups = {}
-    for name, group in named_groups(read_runs(args, needs)):
-        lines = [
-            pd.json_normalize(run.found).assign(folder=run.run.folder, task=run.task, row=run.row)
-            for run in group.itertuples()
-        ]
-        groups[name] = pd.concat(lines, ignore_index=True)
-    return groups
+    return {
+        name: pd.concat(
+            [
+                run.found.assign(folder=run.run.folder, task=run.task, row=run.row)
+                for run in group.itertuples()
+            ],
+            ignore_index=True,
+        )
+        for name, group in named_groups(read_runs(args, needs))
+    }
 
 
 # ---- the table -----------------------------------------------------------------------------------------
 
 
-def paper_number(config: Mapping[str, Any], departs: Mapping[str, Any]) -> float:
+def paper_number(config: Mapping[str, Any]) -> float:
     """[C] table I, in percent; NaN unless model, settings, length and batches are those behind it."""
-    s = Settings(task=config["task"], method=config["method"], optimizer=config["optimizer"], device="cpu")
-    usual = s.completed().resolve(task_of(s).train_size)
-    lengths = ("total_steps", "max_length", "eval_every", "group_by_length")
-    same = all(config.get(name) == getattr(usual, name) for name in lengths)
+    usual = TASKS[config["task"]].settings(config["method"], config["optimizer"])
+    same = all(config[name] == usual[name] for name in ("total_steps", "max_length", "eval_every"))
     alone = config["optimizer"] == "adamw" or config.get("processes", 1) == 1  # each process draws
     batch = math.prod(config.get(name, 1) for name in BATCH)
-    if config["model"] != MODEL or departs or not (same and alone and batch == usual.batch_size):
+    published = same and alone and batch == 32 and not (config["group_by_length"] or departures(config))
+    if config["model"] != MODEL or not published:
         return math.nan
     paper = pd.read_csv(PAPER, dtype=str, keep_default_na=False)
     row = {key: config[key] or "" for key in ("method", "optimizer", "score")}
@@ -246,95 +227,52 @@ def paper_number(config: Mapping[str, Any], departs: Mapping[str, Any]) -> float
     return float(found[config["task"]].iloc[0]) if len(found) and config["task"] in found else math.nan
 
 
-def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
-    """A line a row and task: mean and standard deviation (n − 1) of the best scores, seeds, the paper's."""
-    runs = runs.assign(
-        metric=[TASKS[task].metric for task in runs["task"]],
-        best=[100 * run.results["best"][run.results["metric"]] for run in runs["run"]],
-        paper=[paper_number(run.config, of) for run, of in zip(runs["run"], runs["departs"], strict=True)],
-    )
-    best = {"mean": ("best", "mean"), "sd": ("best", "std"), "seeds": ("best", "size")}
-    cells = runs.groupby(GROUP, sort=False).agg(metric=("metric", "first"), **best, paper=("paper", "first"))
-    return cells.reset_index()
+def mean_text(values: pd.Series, digits: int = 2) -> str:
+    """Mean ± standard deviation (n − 1)."""
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return "" if values.isna().all() else f"{values.mean():.{digits}f}{deviation}"
 
 
-def mean_text(mean: float, sd: float, digits: int = 2) -> str:
-    deviation = "" if math.isnan(sd) else f" ± {sd:.{digits}f}"
-    return "" if math.isnan(mean) else f"{mean:.{digits}f}{deviation}"
+def cell(runs: pd.DataFrame) -> str:
+    """Runs that differ in the seed alone."""
+    paper = paper_number(runs["run"].iloc[0].config)
+    return f"{mean_text(runs['found'])} ({len(runs)})" + ("" if math.isnan(paper) else f" [{paper:.2f}]")
 
 
-def cell_text(cell: pd.Series) -> str:
-    paper = "" if math.isnan(cell["paper"]) else f" [{cell['paper']:.2f}]"
-    return f"{mean_text(cell['mean'], cell['sd'])} ({cell['seeds']}){paper}"
-
-
-def marked(texts: pd.Series, values: pd.Series) -> list[str]:
-    """The best in bold and the second best in italics, as far as the two decimals tell."""
-    ranking = sorted(set(values.round(2).dropna()), reverse=True)
-    marks = dict(zip(ranking, ("**", "*"), strict=False)) if len(ranking) > 1 else {}
-    marks = [marks.get(value, "") for value in values.round(2)]
-    return [f"{mark}{text}{mark}" for mark, text in zip(marks, texts, strict=True)]
-
-
-def markdown(cells: pd.DataFrame) -> str:
-    """The rows of one model, a column a task, and means over [C]'s large tasks, its small ones and all."""
-    cells = cells.assign(text=cells.apply(cell_text, axis=1))
-    tasks = [task for task in COLUMNS if task in set(cells["task"])]
-    rows = list(dict.fromkeys(cells["row"]))
-    table = cells.pivot(index="row", columns="task").reindex(rows)
-    columns = {"": rows}
-    for task in tasks:
-        columns[TASKS[task].folder] = marked(table["text"][task].fillna(""), table["mean"][task])
-    large, small = [t for t in tasks if t in LARGE], [t for t in tasks if t not in LARGE]
-    groups = {"large avg": large, "small avg": small} if large and small else {}
-    for name, group in (groups | {"all avg": tasks}).items():
-        if len(group) > 1:
-            average = table["mean"][group].mean(axis=1, skipna=False)
-            columns[name] = marked(average.map(lambda mean: mean_text(mean, math.nan)), average)
-    lines = [list(columns), ["---"] * len(columns), *zip(*columns.values(), strict=True)]
+def markdown(runs: pd.DataFrame) -> str:
+    """The rows of one model, a column a task; the mean over tasks where a row has them all."""
+    tasks = [task for task in COLUMNS if task in set(runs["task"])]
+    lines = [["", *(TASKS[task].folder for task in tasks), *["average"] * (len(tasks) > 1)]]
+    lines.append(["---"] * len(lines[0]))
+    for row, own in runs.groupby("row", sort=False):
+        cells = {task: cell(of) for task, of in own.groupby("task")}
+        average = own.groupby("task")["found"].mean().mean() if len(cells) == len(tasks) else math.nan
+        averages = ["" if math.isnan(average) else f"{average:.2f}"] * (len(tasks) > 1)
+        lines.append([row, *(cells.get(task, "") for task in tasks), *averages])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def length_text(usual: pd.Series) -> str:
-    like = " of like length" * bool(usual["group_by_length"])
-    updates = f"{usual['total_steps']} updates of {math.prod(usual[BATCH])} examples{like}"
-    return f"{updates}, at most {usual['max_length']} tokens, evaluated every {usual['eval_every']}"
-
-
-def caption(runs: pd.DataFrame, shared: Mapping[str, Any], paper: bool) -> Iterator[str]:
-    """What the rows of one model have in common, as Markdown."""
-    yield (
-        f"Encoder `{runs['model'].iloc[0]}`. Best validation score in percent: mean ± standard deviation "
-        f"(number of seeds){' [the paper, five seeds]' * paper}; the best in bold, the second in italics."
-    )
-    if shared:
-        yield f"All rows: {settings_text(shared)}."
-    yield ""
-    runs = runs.assign(length=runs.apply(length_text, axis=1))
-    for task, own in sorted(runs.groupby("task"), key=lambda item: COLUMNS.index(item[0])):
-        for length, those in own.groupby("length", sort=False):
-            methods = ", ".join(METHODS[method] for method in those["method"].unique())
-            which = f" ({methods})" if own["length"].nunique() > 1 else ""
-            yield f"- {TASKS[task].folder}{which}: {TASKS[task].metric.replace('_', ' ')}; {length}"
+def length_text(run: pd.Series) -> str:
+    like = " of like length" * bool(run["group_by_length"])
+    updates = f"{run['total_steps']} updates of {math.prod(run[BATCH])} examples{like}"
+    return f"{updates}, at most {run['max_length']} tokens, evaluated every {run['eval_every']}"
 
 
 def print_table(args: Namespace) -> None:
-    def is_real(run: FinishedRun) -> bool:
+    def best(run: FinishedRun) -> float:
         if run.config["demo"]:
             raise UsageError("a demo run")
-        return True
+        return 100 * run.results["best"][run.results["metric"]]
 
-    runs = read_runs(args, is_real)
-    cells = cells_of(runs)
-    if args.csv:
-        print(cells.round(4).to_csv(index=False), end="")
-        return
-    sections = []
-    for model, own in cells.groupby("model", sort=False):
-        paper = bool(own["paper"].notna().any())
-        about = caption(runs[runs["model"] == model], runs.attrs["shared"], paper)
-        sections += [markdown(own), "\n".join(about)]
-    print("\n\n".join(sections))
+    runs = read_runs(args, best)
+    shared = runs.attrs["shared"]
+    for model, own in runs.groupby("model", sort=False):
+        print(f"{markdown(own)}\n\nEncoder `{model}`. Best validation score in percent: mean ± standard")
+        print("deviation (seeds) [the paper's number, where model and settings are its own].")
+        print(*[f"All rows: {settings_text(shared)}."] * bool(shared), sep="\n")
+        for task, of in own.groupby("task"):
+            lengths = " or ".join(of.apply(length_text, axis=1).unique())
+            print(f"- {TASKS[task].folder}: {TASKS[task].metric.replace('_', ' ')}; {lengths}")
 
 
 # ---- figures -------------------------------------------------------------------------------------------
@@ -346,10 +284,12 @@ def print_ranks(args: Namespace) -> None:
             raise UsageError("it has no adapters, so no ranks")
         return run.results["ranks"]
 
-    runs = read_runs(args, ranks)
-    check_same_model(runs["run"])
-    groups = named_groups(runs)
-    patterns = {name: pd.DataFrame(list(of["found"])).mean().round(2).to_dict() for name, of in groups}
+    groups = named_groups(read_runs(args, ranks))
+    found = {name: pd.DataFrame(list(of["found"])) for name, of in groups}
+    names = {tuple(run) for of in found.values() for run in of.apply(lambda row: row.dropna().index, axis=1)}
+    if len(names) > 1:
+        raise UsageError("these runs have different adapters: draw them one by one")
+    patterns = {name: frame.mean().round(2).to_dict() for name, frame in found.items()}
     if args.o:
         figures.save(figures.ranks(patterns), args.o)
     else:
@@ -357,40 +297,34 @@ def print_ranks(args: Namespace) -> None:
 
 
 def draw_curves(args: Namespace) -> None:
-    def journal(run: FinishedRun) -> list[dict]:
-        task = TASKS[run.config["task"]]
-
-        def numbers(line: dict) -> list:
-            return [line["step"], line[task.metric if "split" in line else "budget"]]
-
-        lines = read_lines(run, "metrics.jsonl", numbers)
-        if not {None, task.validation[0]} <= {line.get("split") for line in lines}:
-            raise UsageError("metrics.jsonl has no evaluation")
+    def journal(run: FinishedRun) -> pd.DataFrame:
+        task, lines = TASKS[run.config["task"]], read_lines(run, "metrics.jsonl")
+        lines = lines[lines["split"].isna() | (lines["split"] == task.validation[0])]
+        lines = lines.assign(score=lines[task.metric].astype(float))[["step", "score", "budget"]]
+        if lines["score"].isna().all() or lines["budget"].astype(float).isna().all():
+            raise UsageError("metrics.jsonl has no evaluation, or nothing else")
         return lines
 
     def over_seeds(lines: pd.DataFrame, value: str) -> pd.DataFrame:
         """Mean, min and max by step, at the steps that all seeds have."""
-        values = lines.groupby("step")[value].agg(["mean", "min", "max", "count"])
+        values = lines.dropna(subset=value).groupby("step")[value].agg(["mean", "min", "max", "count"])
         return values[values["count"] == lines["folder"].nunique()]
 
     curves = {}
     for name, lines in read_found(args, journal).items():
         task = TASKS[lines["task"].iloc[0]]
-        scores = over_seeds(lines[lines["split"] == task.validation[0]], task.metric)
         place = lines["row"].iloc[0], task.folder, task.metric.replace("_", " ")
-        curves[name] = figures.Curve(*place, scores, over_seeds(lines, "budget"))
+        curves[name] = figures.Curve(*place, over_seeds(lines, "score"), over_seeds(lines, "budget"))
     figures.save(figures.curves(curves), args.o or Path("curves.png"))
 
 
 def print_agreement(args: Namespace) -> None:
-    def agreement(run: FinishedRun) -> list[dict]:
-        def numbers(line: dict) -> list:
-            may_be_none = [line["sigma_cv"], *line["spearman"].values()]
-            defined = [number for number in may_be_none if number is not None]
-            return [line["step"], line["budget"], *line["jaccard"].values(), *defined]
-
-        b0 = run.results["budget"]["b0"]
-        return [line | {"b0": b0} for line in read_lines(run, "score_agreement.jsonl", numbers)]
+    def agreement(run: FinishedRun) -> pd.DataFrame:
+        lines = read_lines(run, "score_agreement.jsonl").assign(b0=run.results["budget"]["b0"])
+        measures = lines.filter(regex=r"^(spearman|jaccard)\.").astype(float)
+        return (
+            lines[["step", "budget", "b0"]].astype(int).join(lines["sigma_cv"].astype(float)).join(measures)
+        )
 
     found = {}
     for name, lines in read_found(args, agreement).items():
@@ -408,7 +342,7 @@ def agreement_matrix(lines: pd.DataFrame) -> pd.DataFrame:
 
     NaN on the diagonal, and where a measure is not defined.
     """
-    means = lines.filter(regex=r"^(spearman|jaccard)\.").astype(float).mean()
+    means = lines.filter(regex=r"^(spearman|jaccard)\.").mean()
     pairs = {name: name.partition(".")[2].split("/") for name in means.index}
     scores = list(dict.fromkeys(itertools.chain(*pairs.values())))
     matrix = pd.DataFrame(math.nan, scores, scores)
@@ -429,37 +363,30 @@ def agreement_text(name: str, agreement: figures.Agreement) -> str:
 # ---- prediction ----------------------------------------------------------------------------------------
 
 
-def read_evaluated(
-    args: Namespace, wanted: Callable[[FinishedRun, list[dict]], bool]
-) -> dict[str, pd.DataFrame]:
+def read_evaluated(args: Namespace) -> dict[str, pd.DataFrame]:
     """By group, a line an evaluation of the task's (first) validation split, as tools.evaluate wrote it, with
-    "how". Runs that have none, or an unwanted one, are left out."""
+    "how"."""
 
-    def rows(run: FinishedRun) -> list[dict]:
+    def rows(run: FinishedRun) -> pd.DataFrame:
         found = read_evaluations(run, TASKS[run.config["task"]].validation[0])
-        return found if wanted(run, found) else []
+        kinds = zip(found["samples"], found["temperature"], strict=True)
+        return found.assign(how=[f"{n} draws, τ = {tau:g}" if n else "mean" for n, tau in kinds])
 
-    groups = {}
-    for name, found in read_found(args, rows).items():
-        frame = found.sort_values(["samples", "temperature"], kind="stable")
-        kinds = zip(frame["samples"], frame["temperature"], strict=True)
-        groups[name] = frame.assign(how=[f"{n} draws, τ = {tau:g}" if n else "mean" for n, tau in kinds])
-    return groups
+    groups = read_found(args, rows).items()
+    return {name: found.sort_values(["samples", "temperature"], kind="stable") for name, found in groups}
 
 
-def calibration_table(found: Mapping[str, pd.DataFrame]) -> str:
+def print_calibration_table(found: Mapping[str, pd.DataFrame]) -> None:
     """Markdown: mean ± standard deviation over seeds, in percent but for NLL and Brier score."""
-    lines = ["|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |", "| --- " * 8 + "|"]
-    for (task, row, how), rows in itertools.chain(
-        *(frame.groupby(["task", "row", "how"], sort=False) for frame in found.values())
-    ):
-        cells = []
-        for metric in (TASKS[task].metric, "accuracy", "nll", "ece", "brier"):
-            scale, digits = (1, 4) if metric in ("nll", "brier") else (100, 2)
-            values = scale * rows.get(metric, pd.Series(dtype=float))
-            cells.append(mean_text(values.mean(), values.std(), digits))
-        lines.append(f"| {TASKS[task].folder}, {row} | {how} | {len(rows)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    print("|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |\n" + "| --- " * 8 + "|")
+    for frame in found.values():
+        for (task, row, how), rows in frame.groupby(["task", "row", "how"], sort=False):
+            scores = {TASKS[task].metric: (100, 2), "accuracy": (100, 2), "nll": (1, 4), "ece": (100, 2)}
+            cells = [
+                mean_text(scale * rows.get(metric, pd.Series(dtype=float)), digits)
+                for metric, (scale, digits) in (scores | {"brier": (1, 4)}).items()
+            ]
+            print(f"| {TASKS[task].folder}, {row} | {how} | {len(rows)} | {' | '.join(cells)} |")
 
 
 def read_predictions(row: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -469,19 +396,19 @@ def read_predictions(row: Any) -> tuple[np.ndarray, np.ndarray]:
     rows = json.loads((row.folder / "evaluation.json").read_text())["evaluations"]
     key = f"tau={row.temperature:g}" if row.samples else "mean"
     p, labels = tensors.get(f"{row.split}.{key}"), tensors.get(f"{row.split}.labels")
-    there = p is not None and labels is not None and labels.ndim == 1 and p.ndim == 2
-    if not there or len(p) != len(labels) or metadata.get("evaluations") != json.dumps(rows):
+    if p is None or labels is None or metadata.get("evaluations") != json.dumps(rows):
         raise UsageError(f"{path} is not of the same evaluation as evaluation.json: tools.evaluate again")
     return p.numpy(), labels.numpy()
 
 
 def print_calibration(args: Namespace) -> None:
-    found = read_evaluated(args, lambda run, _: bool(TASKS[run.config["task"]].labels))
-    print(calibration_table(found))
+    found = read_evaluated(args)
+    print_calibration_table(found)
     if not args.o:
         return
-    panels = {name: {} for name in found}
-    for name, frame in found.items():
+    panels = {name: {} for name, frame in found.items() if "nll" in frame}  # regression has no probabilities
+    for name in panels:
+        frame = found[name]
         shown = frame[(frame["samples"] == 0) | (frame["temperature"] == 1)]
         for how, rows in shown.groupby("how", sort=False):
             of_seeds = zip(*map(read_predictions, rows.itertuples()), strict=True)
@@ -490,12 +417,13 @@ def print_calibration(args: Namespace) -> None:
 
 
 def print_temperature(args: Namespace) -> None:
-    found = read_evaluated(args, lambda _, rows: any(row["samples"] for row in rows))
-    print(calibration_table(found))
+    found = read_evaluated(args)
+    print_calibration_table(found)
     if args.o:
-        for frame in found.values():
-            frame["error"] = 100 * (1 - frame[TASKS[frame["task"].iloc[0]].metric])
-        figures.save(figures.temperature(found), args.o)
+        drawn = {name: frame[frame["samples"] > 0] for name, frame in found.items() if frame["samples"].any()}
+        for name, frame in drawn.items():
+            drawn[name] = frame.assign(error=100 * (1 - frame[TASKS[frame["task"].iloc[0]].metric]))
+        figures.save(figures.temperature(drawn), args.o)
 
 
 # ---- main ----------------------------------------------------------------------------------------------
@@ -533,9 +461,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         verb = verbs.add_parser(name, help=about)
         verb.add_argument("runs", nargs="+", type=Path, help="folders of runs")
         verb.add_argument("--name", nargs="+", action="append", default=[], **naming)
-        if name == "table":
-            verb.add_argument("--csv", action="store_true", help="a line a cell, as CSV")
-        else:
+        if name != "table":
             verb.add_argument("-o", type=picture, metavar="PICTURE", help="a file: .png, .pdf, .svg")
         verb.set_defaults(do=do)
     args = parser.parse_args(argv)

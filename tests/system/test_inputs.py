@@ -253,19 +253,6 @@ def test_bad_data_is_refused_by_file_and_line(
     check_refusal(capsys.readouterr().err, named, tmp_path)
 
 
-@pytest.mark.parametrize(("flag", "broken"), [("--bf16", "autocast"), ("--compile", "compile")])
-def test_a_flag_that_cannot_work_on_a_device_is_refused_in_one_line(
-    flag: str, broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-):
-    def fails(*args: object, **kwargs: object) -> None:
-        raise RuntimeError("not here\nand more of it")
-
-    monkeypatch.setattr(torch, broken, fails)
-    monkeypatch.chdir(tmp_path)
-    assert run(["--demo", flag, "--device", "cpu"]) == 2
-    check_refusal(capsys.readouterr().err, f"{flag} cannot be used on cpu: not here", tmp_path)
-
-
 def test_an_output_folder_that_is_a_file_is_refused(bert: Path, glue_folder: Path, tmp_path: Path, capsys):
     (tmp_path / "taken").write_text("mine")
     assert run(command(bert, glue_folder, tmp_path / "taken")) == 2

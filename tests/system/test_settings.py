@@ -104,14 +104,6 @@ def test_every_setting_has_a_role(field):
     assert field.metadata["role"] in (IDENTITY, SHAPE, NUMERICS, NOTHING)
 
 
-def test_settings_can_be_asked_for_by_role():
-    s = parsed("--demo")
-    by_role = [s.with_role(role) for role in (IDENTITY, SHAPE, NUMERICS, NOTHING)]
-    assert {name: value for found in by_role for name, value in found.items()} == vars(s)
-    assert sum(map(len, by_role)) == len(vars(s))
-    assert s.with_role(IDENTITY, NOTHING) == by_role[0] | by_role[3]
-
-
 @pytest.mark.parametrize("field", fields(Settings), ids=lambda f: f.name)
 def test_a_run_is_resumed_only_with_the_settings_that_have_influence_unchanged(field):
     config = json.loads(json.dumps(vars(of_run("--device", "cpu")), default=str))
