@@ -141,47 +141,36 @@ def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
             continue
         if not isinstance(module, nn.Linear):
             raise ValueError(f"{name} is a {type(module).__name__}; adapters go around nn.Linear alone")
+        if others := _names_of(model, module.weight) - {f"{name}.weight"}:
+            raise ValueError(f"{name} is tied to {min(others)}: an adapter around one of them would be wrong")
         found[name] = module
         missed.difference_update(matches)
-    if heads := sorted(target for target in missed if _in_head(target)):
+    if heads := sorted(filter(_in_head, missed)):
         raise ValueError(f"{heads[0]} is part of the head, which is trained as it is: leave it out")
     if missed or not targets:
-        missing, there = ", ".join(sorted(missed)) or "nothing", ", ".join(linear_maps(model))
         kinds = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "weight")})
-        there = there or f"no nn.Linear to adapt, but {', '.join(kinds)}"
+        there = ", ".join(linear_maps(model)) or f"no nn.Linear to adapt, but {', '.join(kinds)}"
+        missing = ", ".join(sorted(missed)) or "nothing"
         raise ValueError(f"no linear map is called {missing}; this model has {there}")
-    for name, base in found.items():
-        if others := _tied(model, base) - {f"{name}.weight"}:
-            raise ValueError(f"{name} is tied to {min(others)}: an adapter around one of them would be wrong")
     return found
 
 
 def linear_maps(model: nn.Module) -> list[str]:
-    """What `targets` can be: names of linear maps without the layer they are in; no heads, nothing tied."""
+    """What `targets` can be: the last two parts of linear maps' names; no heads, nothing tied."""
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _in_head(name) and len(_tied(model, module)) == 1
+        if isinstance(module, nn.Linear) and not _in_head(name) and len(_names_of(model, module.weight)) == 1
     ]
-    # After the last number: "encoder.layer.3.attention.self.key" → "attention.self.key".
-    return sorted({place(name)[1] for name in names})
-
-
-def place(name: str) -> tuple[str, str]:
-    """A module's layer (the last number in its name, or "") and its name within the layer."""
-    parts = name.split(".")
-    last = max((i for i, part in enumerate(parts[:-1]) if part.isdigit()), default=-1)
-    return (parts[last] if last >= 0 else ""), ".".join(parts[last + 1 :])
+    return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
 def _in_head(name: str) -> bool:
     return not HEADS.isdisjoint(name.split("."))
 
 
-def _tied(model: nn.Module, module: nn.Module) -> set[str]:
-    """All names of a map's weight."""
-    everywhere = model.named_parameters(remove_duplicate=False)
-    return {name for name, p in everywhere if p is module.weight}
+def _names_of(model: nn.Module, weight: Tensor) -> set[str]:
+    return {name for name, p in model.named_parameters(remove_duplicate=False) if p is weight}
 
 
 # ---- the penalty ---------------------------------------------------------------------------------------
@@ -241,10 +230,8 @@ def check_state_can_be_cut(layers: Mapping[str, SVDLinear], optimizer: torch.opt
         for p in (layer.P, layer.lam, layer.Q):
             for key, value in optimizer.state.get(p, {}).items():
                 if torch.is_tensor(value) and value.shape != p.shape and value.numel() != 1:
-                    raise ValueError(
-                        f"triplets of {name} cannot be taken out: the optimizer's {key} is "
-                        f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
-                    )
+                    shapes = f"the optimizer's {key} is {tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                    raise ValueError(f"triplets of {name} cannot be taken out: {shapes}")
 
 
 def replace_data_(p: nn.Parameter, new: Tensor) -> None:

@@ -28,19 +28,14 @@ class CubicBudget:
     def __init__(
         self, initial: int, target: int, total_steps: int, warmup_steps: int, final_steps: int, interval: int
     ):
-        if min(target, warmup_steps, final_steps) < 0:
-            raise ValueError(
-                f"target budget ({target}), t_i ({warmup_steps}) and t_f ({final_steps}) cannot be negative"
-            )
+        if min(target, warmup_steps, final_steps) < 0 or interval < 1:
+            names = f"target {target}, t_i {warmup_steps} and t_f {final_steps}"
+            raise ValueError(f"{names} cannot be negative, and ΔT {interval} is at least 1")
         if target > initial:
             raise ValueError(f"the target budget ({target} triplets) is above the start ({initial})")
         if warmup_steps + final_steps >= total_steps:
-            raise ValueError(
-                f"t_i + t_f = {warmup_steps} + {final_steps} leaves no step to prune in: "
-                f"the run has {total_steps}"
-            )
-        if interval < 1:
-            raise ValueError(f"the interval ΔT between two allocations must be at least 1, not {interval}")
+            phases = f"t_i + t_f = {warmup_steps} + {final_steps}"
+            raise ValueError(f"{phases} leaves no step to prune in: the run has {total_steps}")
         self.initial, self.target = initial, target
         self.warmup_steps, self.interval = warmup_steps, interval
         self.last_allocation = total_steps - final_steps  # T − t_f

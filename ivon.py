@@ -14,7 +14,7 @@ synchronises with the device.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf, sqrt
 
@@ -79,32 +79,30 @@ class Flat:
         self.g_hat, self.product = self.estimates
         self.blocks = 0  # how many are in these sums
         names = ("g", "h", "m", "theta", "deviation", "g_hat", "product")
-        self.views = {name: self._views(getattr(self, name)) for name in names}
+        self.views = {name: self.split(getattr(self, name)) for name in names}
         for state, g, h in zip(states, self.views["g"], self.views["h"], strict=True):
             state.update(g=g, h=h)
 
-    def _views(self, vector: Tensor) -> list[Tensor]:
+    def split(self, vector: Tensor) -> list[Tensor]:
         pieces = vector.split([p.numel() for p in self.params])
         return [piece.view(p.shape) for piece, p in zip(pieces, self.params, strict=True)]
 
     def is_current(self, params: list[Tensor], states: list[dict[str, Tensor]]) -> bool:
         """Whether each `state["h"]` is still our view; loading, replacing or reshaping ends that."""
-        h_views = self.views["h"]
-        return len(params) == len(h_views) and all(
-            state.get("h") is h and p.shape == h.shape
-            for p, state, h in zip(params, states, h_views, strict=True)
-        )
+        mine = zip(params, states, self.views["h"], strict=False)
+        same = all(state.get("h") is h and p.shape == h.shape for p, state, h in mine)
+        return same and len(params) == len(self.params)
 
     def save_mean(self) -> None:
         torch._foreach_copy_(self.views["m"], self.params)
+
+    def restore_mean(self) -> None:
+        torch._foreach_copy_(self.params, self.views["m"])
 
     def draw(self, temperature: float) -> None:
         sigma = posterior_sigma(self.h, self.group["ess"], self.group["weight_decay"], out=self.deviation)
         draw_(self.theta, self.deviation, self.m, sigma, temperature)
         torch._foreach_copy_(self.params, self.views["theta"])
-
-    def restore_mean(self) -> None:
-        torch._foreach_copy_(self.params, self.views["m"])
 
     def add_block(self) -> None:
         """Add one draw's gradients to the sums; a missing gradient counts as 0."""
@@ -120,10 +118,9 @@ class Flat:
 
     def update(self) -> None:
         """One step of the group's g, h and m."""
-        group, g, h, m = self.group, self.g, self.h, self.m
+        group, g, h, m, product = self.group, self.g, self.h, self.m, self.product
         ess, delta, beta1, beta2 = (group[name] for name in ("ess", "weight_decay", "beta1", "beta2"))
-        if self.blocks > 1:
-            self.estimates.div_(self.blocks)
+        self.estimates.div_(self.blocks)
         self.blocks = 0
         if group["sync"] and dist.is_initialized():
             dist.all_reduce(self.estimates)
@@ -131,7 +128,7 @@ class Flat:
         precision, g_bar = self.theta, self.deviation  # the draw's buffers, which are no longer needed
         g.lerp_(self.g_hat, 1 - beta1)  # g ← β1 g + (1 − β1) ĝ
         torch.add(h, delta, out=precision)
-        price, product = self.price, self.product
+        price = self.price
         h_hat = price_estimate_(product, precision, ess) if price else gradsq_estimate_(product, ess)
         update_hessian_(h, h_hat, precision, beta2)
         torch.add(h, delta, out=precision)
@@ -171,9 +168,11 @@ class IVON(torch.optim.Optimizer):
         beta2: float = 0.99999, weight_decay: float = 1e-4, mc_samples: int = 1, hess_approx: str = "price",
         clip_radius: float = inf, sync: bool = False, debias: bool = True, rescale_lr: bool = True,
     ):  # fmt: skip
-        defaults = {"lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2, "step": 0}
-        defaults |= {"weight_decay": weight_decay, "mc_samples": mc_samples, "hess_approx": hess_approx}
-        defaults |= {"clip_radius": clip_radius, "sync": sync, "debias": debias, "rescale_lr": rescale_lr}
+        defaults = {
+            "lr": lr, "ess": ess, "hess_init": hess_init, "beta1": beta1, "beta2": beta2, "step": 0,
+            "weight_decay": weight_decay, "mc_samples": mc_samples, "hess_approx": hess_approx,
+            "clip_radius": clip_radius, "sync": sync, "debias": debias, "rescale_lr": rescale_lr,
+        }  # fmt: skip
         super().__init__(params, defaults)
         self._drop_vectors()
 
@@ -185,23 +184,18 @@ class IVON(torch.optim.Optimizer):
             "weight_decay": s["weight_decay"] >= 0, "mc_samples": s["mc_samples"] >= 1,
             "hess_approx": s["hess_approx"] in ("price", "gradsq"),
         }  # fmt: skip
-        for name in in_range:
-            if not in_range[name]:
-                raise ValueError(f"IVON cannot work with {name} = {s[name]}")
+        if wrong := [name for name, right in in_range.items() if not right]:
+            raise ValueError(f"IVON cannot work with {wrong[0]} = {s[wrong[0]]}")
         super().add_param_group(param_group)
 
     @contextmanager
     def sampled_params(self, train: bool = False, temperature: float = 1.0) -> Iterator[None]:
-        """Inside the block θ is a draw from N(m, diag(τσ²)); afterwards it is exactly m again.
+        """Inside the block θ is a draw from N(m, diag(τσ²)), τ ≥ 0; afterwards it is exactly m again.
 
         With `train`, the gradients that the block leaves in `p.grad` become one Monte-Carlo sample of the
         next `step`; `p.grad` is None when such a block starts and when it ends. A block that raises counts
-        for nothing. Without `train` (prediction), gradients and state are left alone.
-
-        Args:
-            temperature: τ ≥ 0; 0 is the mean, 1 the posterior (the only one to train with).
-
-        Raises ValueError for another τ, RuntimeError inside another block and for sparse gradients.
+        for nothing. Without `train` (prediction), gradients and state are left alone. Raises ValueError for
+        another τ (in training: than 1), RuntimeError inside another block and for sparse gradients.
         """
         if not temperature >= 0 or (train and temperature != 1):
             raise ValueError(f"temperature is 0 or more, in training 1, not {temperature}")
@@ -233,12 +227,11 @@ class IVON(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """Update g, h and m from the blocks since the last step; `p.grad` is then their average gradient ĝ,
-        in memory that the next training block reuses.
+        """Update g, h and m from the blocks since the last step; `p.grad` is then their average gradient ĝ.
 
-        A closure is called `mc_samples` times; it opens `sampled_params(train=True)` itself, as with the
-        public implementation, and the mean of what it returns is returned. Raises RuntimeError if there was
-        no block, or if the trained parameters are no longer those that the blocks had.
+        A closure is called `mc_samples` times, opens `sampled_params(train=True)` itself, and the mean of
+        what it returns is returned. Raises RuntimeError if there was no block, or if the trained parameters
+        are no longer those that the blocks had.
         """
         loss = None
         if closure is not None:
@@ -264,24 +257,13 @@ class IVON(torch.optim.Optimizer):
         for flat in self._flats.values():
             flat.blocks = 0
 
-    def sigma(self, param: Tensor) -> Tensor:
-        """The posterior standard deviation σ of one parameter, in its shape. ValueError if it is not ours."""
-        return self.sigmas([param])[0]
-
     @torch.no_grad()
-    def sigmas(self, params: Collection[Tensor]) -> list[Tensor]:
-        """`sigma` of many parameters, in few operations. Plain form: `posterior_sigma`, one by one."""
-        asked, found = set(params), {}
+    def sigma(self, param: Tensor) -> Tensor:
+        """The posterior standard deviation σ of a parameter, in its shape. ValueError if it is not ours."""
         for group in self.param_groups:
-            if own := [p for p in group["params"] if p in asked]:
-                h = [self._state(p, group)["h"] for p in own]
-                precision = torch._foreach_add(h, group["weight_decay"])
-                torch._foreach_mul_(precision, group["ess"])
-                torch._foreach_rsqrt_(precision)  # σ = 1/√(ess·(h + δ))
-                found.update(zip(own, precision, strict=True))
-        if len(found) < len(asked):
-            raise ValueError("sigma was asked for a tensor that is not a parameter of this optimizer")
-        return [found[p] for p in params]
+            if any(param is p for p in group["params"]):
+                return posterior_sigma(self._state(param, group)["h"], group["ess"], group["weight_decay"])
+        raise ValueError("sigma was asked for a tensor that is not a parameter of this optimizer")
 
     def __setstate__(self, state: dict) -> None:
         """Called by `load_state_dict`, deepcopy and unpickling."""

@@ -27,10 +27,7 @@ PARTS = ("P", "lam", "Q")
 
 
 class Posterior(Protocol):
-    """What makes a torch optimizer one with a posterior N(μ, σ²) over its parameters.
-
-    If it has `sigmas(params)`, a list of σ in few operations, that is called instead of `sigma` one by one.
-    """
+    """What makes a torch optimizer one with a posterior N(μ, σ²) over its parameters."""
 
     def sigma(self, param: Tensor) -> Tensor:
         """σ of a parameter, in its shape, without a graph."""
@@ -63,16 +60,13 @@ class RankAllocator:
         optimizer: torch.optim.Optimizer, beta1: float = 0.85, beta2: float = 0.85, track: bool = False,
     ):  # fmt: skip
         if other := [name for name, layer in layers.items() if not isinstance(layer, SVDLinear)]:
-            raise ValueError(
-                f"{other[0]} has no triplets: RankAllocator wants SVDLinear adapters (kind='svd')"
-            )
+            raise ValueError(f"{other[0]} has no triplets: RankAllocator wants adapters of kind='svd'")
         if score not in SCORES:
             raise ValueError(f"there is no score called {score}; there are {', '.join(SCORES)}")
         computable = [name for name in SCORES if SCORES[name].needs != "sigma" or hasattr(optimizer, "sigma")]
         if score not in computable:
             raise ValueError(f"the score {score} needs σ, so an optimizer that has a posterior, such as IVON")
-        triplets = sum(layer.rank for layer in layers.values())
-        if budget.initial > triplets:
+        if budget.initial > (triplets := sum(layer.rank for layer in layers.values())):
             raise ValueError(f"the budget starts at {budget.initial} triplets; the adapters have {triplets}")
         check_state_can_be_cut(layers, optimizer)
         self.layers, self.budget, self.score, self.optimizer = layers, budget, score, optimizer
@@ -124,21 +118,17 @@ class RankAllocator:
             return SCORES[name].elementwise(*_stacked(layers, part, grad=True))
         (theta,) = _stacked(layers, part)
         if needs == "sigma":
-            return SCORES[name].elementwise(theta, torch.stack(self._sigmas(layers, part)))
+            sigma = [self.optimizer.sigma(getattr(layer, part)) for layer in layers]
+            return SCORES[name].elementwise(theta, torch.stack(sigma))
         return SCORES[name].elementwise(theta, self.ema.score(key) if needs == "smoothed" else None)
-
-    def _sigmas(self, layers: list[SVDLinear], part: str) -> list[Tensor]:
-        params = [getattr(layer, part) for layer in layers]
-        together = getattr(self.optimizer, "sigmas", None)
-        return together(params) if together else [self.optimizer.sigma(p) for p in params]
 
     def _sigma_variation(self) -> Tensor | None:
         """σ's standard deviation over its mean, over all entries of the adapters; None without σ."""
-        if not hasattr(self.optimizer, "sigma"):
+        if not hasattr(self.optimizer, "sigma") or not any(layer.rank for layer in self.layers.values()):
             return None
-        layers = list(self.layers.values())
-        sigma = torch.cat([x.flatten() for part in PARTS for x in self._sigmas(layers, part)])
-        return sigma.std(correction=0) / sigma.mean() if sigma.numel() else None
+        parts = [getattr(layer, part) for part in PARTS for layer in self.layers.values()]
+        sigma = torch.cat([self.optimizer.sigma(p).flatten() for p in parts])
+        return sigma.std(correction=0) / sigma.mean()
 
     def _by_shape(self) -> dict[tuple[int, int, int], list[SVDLinear]]:
         """The adapters by shape, (d_out, r, d_in)."""
@@ -158,7 +148,7 @@ class RankAllocator:
         device = next(iter(self.layers.values())).P.device
         ema = {name: {key: x.to(device) for key, x in of.items()} for name, of in state["ema"].items()}
         self.ema.load_state_dict(ema)
-        self.kept = {name: kept.to(self.layers[name].P.device) for name, kept in state["kept"].items()}
+        self.kept = {name: kept.to(device) for name, kept in state["kept"].items()}
 
 
 class FixedRanks:
@@ -167,16 +157,16 @@ class FixedRanks:
     tracked = None
 
     def __init__(self, layers: Mapping[str, nn.Module]):
-        self.layers = layers
+        self.kept = {name: layer.rank for name, layer in layers.items()}
 
     def budget(self, t: int) -> int:
-        return sum(self.ranks().values())
+        return sum(self.kept.values())
+
+    def ranks(self) -> dict[str, int]:
+        return dict(self.kept)
 
     def step(self, t: int) -> None:
         """Every adapter keeps its rank."""
-
-    def ranks(self) -> dict[str, int]:
-        return {name: layer.rank for name, layer in self.layers.items()}
 
     def state_dict(self) -> dict:
         return {}

@@ -5,13 +5,12 @@ expressed in terms of probability", 1950.
 """
 
 import itertools
+import re
 from collections.abc import Mapping
 
 import numpy as np
 import scipy  # scipy.stats takes a while and is imported on its first use
 from numpy.typing import ArrayLike
-
-from adalora import place
 
 
 def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -98,6 +97,12 @@ def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[
         agreement["spearman"][f"{a}/{b}"] = None if np.isnan(spearman[i, j]) else float(spearman[i, j])
         agreement["jaccard"][f"{a}/{b}"] = len(top[i] & top[j]) / len(top[i] | top[j]) if k else 1.0
     return agreement
+
+
+def place(name: str) -> tuple[str, str]:
+    """A module's layer (the last number in its name, or "") and its name within the layer."""
+    found = re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", name)
+    return (found[1], found[2]) if found else ("", name)
 
 
 def rank_rows(ranks: Mapping[str, float]) -> dict[str, dict[str, float]]:

@@ -39,16 +39,13 @@ from harness import glue
 from harness.encoder import TARGETS
 from harness.files import read_tensors
 from harness.metrics import rank_table
-from harness.settings import IDENTITY, MODEL, SHAPE, TASKS, Parser, Settings, exit_status, task_of
+from harness.settings import IDENTITY, SHAPE, TASKS, Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from scores import SCORES
 from tools import figures
 from tools.finished import DAMAGED, FinishedRun, find_runs, read_evaluations, read_lines, skip
 
-PAPER = Path(__file__).resolve().parent.parent / "results/paper_table1.csv"
 SEEDS = (2021, 2022, 2023, 2024, 2025)
-LARGE = ("mnli", "qqp", "qnli", "sst2")  # [C] has these tasks on the left
-COLUMNS = [*LARGE, *(task for task in TASKS if task not in LARGE)]
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA"}  # in the order of [C] table I
 OPTIMIZERS = {"adamw": "AdamW", "ivon": "IVON"}
 OWN_PLACE = {"task", "seed", "method", "optimizer", "score", "target_rank", "demo"}  # shown by themselves
@@ -143,7 +140,7 @@ def order(config: Mapping[str, Any], row: str) -> tuple:
     """As in [C] table I: full fine-tuning, then rank by rank LoRA and AdaLoRA."""
     kind = list(METHODS).index(config["method"]), list(OPTIMIZERS).index(config["optimizer"])
     place = (config["target_rank"] or 0, *kind, [None, *SCORES].index(config["score"]), row)
-    return (config["model"], *place, COLUMNS.index(config["task"]), config["seed"])
+    return (config["model"], *place, list(TASKS).index(config["task"]), config["seed"])
 
 
 def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFrame:
@@ -211,41 +208,19 @@ def read_found(args: Namespace, needs: Callable[[FinishedRun], pd.DataFrame]) ->
 # ---- the table -----------------------------------------------------------------------------------------
 
 
-def paper_number(config: Mapping[str, Any]) -> float:
-    """[C] table I, in percent; NaN unless model, settings, length and batches are those behind it."""
-    usual = TASKS[config["task"]].settings(config["method"], config["optimizer"])
-    same = all(config[name] == usual[name] for name in ("total_steps", "max_length", "eval_every"))
-    alone = config["optimizer"] == "adamw" or config.get("processes", 1) == 1  # each process draws
-    batch = math.prod(config.get(name, 1) for name in BATCH)
-    published = same and alone and batch == 32 and not (config["group_by_length"] or departures(config))
-    if config["model"] != MODEL or not published:
-        return math.nan
-    paper = pd.read_csv(PAPER, dtype=str, keep_default_na=False)
-    row = {key: config[key] or "" for key in ("method", "optimizer", "score")}
-    row["rank"] = "" if config["target_rank"] is None else f"{config['target_rank']:g}"
-    found = paper[(paper[list(row)] == pd.Series(row)).all(axis=1)]
-    return float(found[config["task"]].iloc[0]) if len(found) and config["task"] in found else math.nan
-
-
 def mean_text(values: pd.Series, digits: int = 2) -> str:
     """Mean ± standard deviation (n − 1)."""
     deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
     return "" if values.isna().all() else f"{values.mean():.{digits}f}{deviation}"
 
 
-def cell(runs: pd.DataFrame) -> str:
-    """Runs that differ in the seed alone."""
-    paper = paper_number(runs["run"].iloc[0].config)
-    return f"{mean_text(runs['found'])} ({len(runs)})" + ("" if math.isnan(paper) else f" [{paper:.2f}]")
-
-
 def markdown(runs: pd.DataFrame) -> str:
     """The rows of one model, a column a task; the mean over tasks where a row has them all."""
-    tasks = [task for task in COLUMNS if task in set(runs["task"])]
+    tasks = [task for task in TASKS if task in set(runs["task"])]
     lines = [["", *(TASKS[task].folder for task in tasks), *["average"] * (len(tasks) > 1)]]
     lines.append(["---"] * len(lines[0]))
     for row, own in runs.groupby("row", sort=False):
-        cells = {task: cell(of) for task, of in own.groupby("task")}
+        cells = {task: f"{mean_text(of['found'])} ({len(of)})" for task, of in own.groupby("task")}
         average = own.groupby("task")["found"].mean().mean() if len(cells) == len(tasks) else math.nan
         averages = ["" if math.isnan(average) else f"{average:.2f}"] * (len(tasks) > 1)
         lines.append([row, *(cells.get(task, "") for task in tasks), *averages])
@@ -268,7 +243,7 @@ def print_table(args: Namespace) -> None:
     shared = runs.attrs["shared"]
     for model, own in runs.groupby("model", sort=False):
         print(f"{markdown(own)}\n\nEncoder `{model}`. Best validation score in percent: mean ± standard")
-        print("deviation (seeds) [the paper's number, where model and settings are its own].")
+        print("deviation (seeds).")
         print(*[f"All rows: {settings_text(shared)}."] * bool(shared), sep="\n")
         for task, of in own.groupby("task"):
             lengths = " or ".join(of.apply(length_text, axis=1).unique())
@@ -466,7 +441,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         verb.set_defaults(do=do)
     args = parser.parse_args(argv)
     for label, *pairs in getattr(args, "name", ()):
-        if not pairs or any("=" not in pair for pair in pairs):
+        if not pairs or not all("=" in pair for pair in pairs):
             raise UsageError(f"--name {label}: give a label, then settings as KEY=VALUE")
     if args.verb == "curves" or getattr(args, "o", None):
         figures.check_available()

@@ -234,7 +234,7 @@ def test_an_architecture_without_defaults_is_refused_with_the_maps_it_has(
     bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
     assert run(command(electra_checkpoint(bert, tmp_path), glue_folder, tmp_path / "runs")) == 2
-    check_refusal(capsys.readouterr().err, "attention.self.query", tmp_path)
+    check_refusal(capsys.readouterr().err, "self.query", tmp_path)
 
 
 @pytest.mark.parametrize(
