@@ -48,6 +48,7 @@ def train(settings: Settings) -> None:
     optimizer = make_optimizer(model, settings)
     allocator = make_allocator(layers, optimizer, settings)
     sampled = getattr(optimizer, "sampled_params", no_posterior)
+    diagnostics = getattr(optimizer, "diagnostics", dict)
     add_penalty_gradients = adalora.add_penalty_gradients
     if not settings.plain:
         fused.fuse(model, layers)
@@ -57,9 +58,9 @@ def train(settings: Settings) -> None:
     # Begin, or resume
     batches, splits = batches_of(data, tokenizer, settings)
 
-    def evaluate() -> tuple[dict[str, dict], dict[str, Tensor]]:
+    def evaluate() -> tuple[dict[str, dict], dict[str, Tensor], dict[str, float]]:
         sigma = prediction.sigma_by_name(model, optimizer)
-        return prediction.evaluate(model, splits, settings, sigma), sigma
+        return prediction.evaluate(model, splits, settings, sigma), sigma, diagnostics()
 
     objects = {"optimizer": optimizer, "allocator": allocator}
     checksums = {"encoder": run_folder.fingerprint(model), "data": batches.checksum(splits.values())}

@@ -143,14 +143,15 @@ def glue_task(name, folder, text, labels=(), written=DIGITS, metric="accuracy", 
 
 # fmt: off
 MATTHEWS = "matthews_correlation"
-MNLI_SPLITS = ("validation_matched", "validation_mismatched")
+MNLI_SPLITS = {"validation": ("validation_matched", "validation_mismatched")}
+MNLI_SPLITS |= {"tests": ("test_matched", "test_mismatched")}
 TASKS = {task.name: task for task in (
     glue_task("cola", "CoLA", ("sentence",), ("unacceptable", "acceptable"), metric=MATTHEWS),
     glue_task("sst2", "SST-2", ("sentence",), ("negative", "positive")),
     glue_task("mrpc", "MRPC", PAIR, ("not_equivalent", "equivalent")),
     glue_task("stsb", "STS-B", PAIR, written=(), metric="pearson_spearman"),
     glue_task("qqp", "QQP", ("question1", "question2"), ("not_duplicate", "duplicate")),
-    glue_task("mnli", "MNLI", ("premise", "hypothesis"), NLI, NLI, validation=MNLI_SPLITS),
+    glue_task("mnli", "MNLI", ("premise", "hypothesis"), NLI, NLI, **MNLI_SPLITS),
     glue_task("qnli", "QNLI", ("question", "sentence"), ENTAILED, ENTAILED),
     glue_task("rte", "RTE", PAIR, ENTAILED, ENTAILED),
 )}

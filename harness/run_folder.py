@@ -55,7 +55,8 @@ class Run:
 
     Args:
         objects: what has a state besides the model, by name: `state_dict()` and `load_state_dict()`.
-        evaluate: () → metrics by split, and σ by parameter name ({} without a posterior).
+        evaluate: () → metrics by split; σ by parameter name, and what the optimizer is doing ({} without a
+            posterior).
         checksums: of what a resumed run must share besides its settings, by name.
     """
 
@@ -112,10 +113,11 @@ class Run:
             self._write_losses()
         if looking:
             self._check_finite(t)
-        self.progress |= {"step": t, "seconds": time.perf_counter() - self.began}
+        self.progress["step"] = t
         if evaluating:
             self._evaluate(t, lr)
             stopping = self.signal  # it may have come meanwhile
+        self.progress["seconds"] = time.perf_counter() - self.began
         if saving or (stopping and not final):
             self._save()
         if stopping and not final:
@@ -220,7 +222,7 @@ class Run:
         """Judge; record; keep the adapter if it is the best so far."""
         began = time.perf_counter()
         try:
-            scores, sigma = self.evaluate()
+            scores, sigma, diagnostics = self.evaluate()
         except FloatingPointError as error:
             raise self._not_finite(f"{error} at step {t} (lr {lr:g})") from None
         last, (decisive, *_) = {"step": t}, self.task.validation
@@ -233,6 +235,7 @@ class Run:
         self.progress["evaluating"] += time.perf_counter() - began
         if self.first:
             lines = [{"step": t, "split": split, **found} for split, found in scores.items()]
+            lines[0] |= {"optimizer": diagnostics} if diagnostics else {}
             files.append(self.folder / "metrics.jsonl", lines)
             if better:
                 (self.folder / "adapter").mkdir(exist_ok=True)

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import torch
 
 from harness import glue, processes
-from harness.task import EndsRun, Task, UsageError
+from harness.task import EndsRun, Task, UsageError, hold_out
 from scores import SCORES
 
 OPTIMIZERS = {"ivon": True, "adamw": False}  # by name, whether it has a posterior
@@ -87,6 +87,8 @@ class Settings:
     optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
     model: str | None = run(None, NOTHING, None, f"a Hub name or a local checkpoint folder ({MODEL})")
     data_dir: Path | None = run(None, NOTHING, Path, "a folder in GLUE's own layout (the Hub's copy)")
+    holdout: float = run(0.0, SHAPE, number(0, most=0.9), "share of train to evaluate on, not on validation")
+    holdout_seed: int = run(0, SHAPE, whole(0), "of that split")
     demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
     seed: int = run(2021, IDENTITY, whole(0), "of everything random")
     epochs: float | None = run(None, NOTHING, positive, "set by the task, like every flag without a default")
@@ -244,7 +246,8 @@ class Settings:
 
 
 def task_of(settings: Settings) -> Task:
-    return glue.DEMO if settings.demo else TASKS[settings.task]
+    task = glue.DEMO if settings.demo else TASKS[settings.task]
+    return hold_out(task, settings.holdout, settings.holdout_seed) if settings.holdout else task
 
 
 def learning_rate(t: int, settings: Settings) -> float:

@@ -1,8 +1,10 @@
-"""What a task is: its reader, columns, labels, metrics and settings."""
+"""What a task is: its reader, columns, labels, metrics and settings; and a share of train held out."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 
 class EndsRun(Exception):
@@ -29,6 +31,7 @@ class Task:
         among them, are those of the published run, and scale with a run's length.
     train_size: examples in train, to know a run's length before the data are loaded.
     validation: splits to evaluate on, the one that decides first.
+    tests: splits beyond these.
     written: what a prediction file writes for each label.
     """
 
@@ -42,15 +45,45 @@ class Task:
     settings: Callable[[str, str], Mapping[str, Any]]
     train_size: int
     validation: tuple[str, ...] = ("validation",)
+    tests: tuple[str, ...] = ("test",)
     written: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[str, ...]:
         """All there are."""
-        tests = (name.replace("validation", "test") for name in self.validation)
-        return ("train", *self.validation, *tests)
+        return ("train", *self.validation, *self.tests)
 
     @property
     def outputs(self) -> int:
         """How many numbers the model's head gives."""
         return len(self.labels) or 1
+
+
+def hold_out(task: Task, share: float, seed: int) -> Task:
+    """The task with a share of its train split as validation, "holdout"; train is the rest.
+
+    The split is stratified by label (for regression, by score), and the same for the same seed. The task's
+    own validation splits can still be asked for by name.
+    """
+
+    def load(data_dir: Any = None, splits: Collection[str] | None = None) -> dict[str, Any]:
+        own = {"train" if name == "holdout" else name for name in splits or ()}
+        data = task.load(data_dir, [name for name in task.splits if name in own] if splits else None)
+        if "train" in data:
+            held = held_out(np.asarray(data["train"]["label"]), share, seed)
+            train = data["train"]
+            data |= {"train": train.select((~held).nonzero()[0]), "holdout": train.select(held.nonzero()[0])}
+        return {name: data[name] for name in splits or data}
+
+    others = {"validation": ("holdout",), "tests": (*task.validation, *task.tests), "load": load}
+    return replace(task, train_size=task.train_size - int(task.train_size * share + 1e-9), **others)
+
+
+def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+    """A bool mask (n,): evenly spread over the examples in order of their labels, random among equals."""
+    random = np.random.default_rng(seed).permutation(len(labels))
+    order = random[labels[random].argsort(kind="stable")]
+    upto = np.floor(np.arange(len(labels) + 1) * share + 1e-9)
+    held = np.zeros(len(labels), dtype=bool)
+    held[order[upto[1:] > upto[:-1]]] = True
+    return held

@@ -3,6 +3,7 @@
     python -m tools.reproduce commands > grid.txt                  # 15 rows × 8 tasks × 5 seeds
     python -m tools.reproduce commands --missing runs              # those without a finished run in runs/
     python -m tools.reproduce commands --tasks rte -- --bf16       # flags that every line gets
+    python -m tools.reproduce study runs -- --model MODEL          # results/study.md: what is not finished
     python -m tools.reproduce table runs                           # Table I as Markdown
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
     python -m tools.reproduce curves runs -o curves.png            # score and budget against the step
@@ -42,7 +43,7 @@ from harness.metrics import rank_table
 from harness.settings import IDENTITY, SHAPE, TASKS, Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from scores import SCORES
-from tools import figures
+from tools import figures, study
 from tools.finished import DAMAGED, FinishedRun, find_runs, read_evaluations, read_lines, skip
 
 SEEDS = (2021, 2022, 2023, 2024, 2025)
@@ -431,6 +432,10 @@ def parse(argv: list[str] | None = None) -> Namespace:
     commands.add_argument("--missing", type=Path, metavar="RUNS", help="leave out what is finished in RUNS")
     commands.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags that every command gets")
     commands.set_defaults(do=print_commands)
+    lines = verbs.add_parser("study", help="the study's run_glue.py commands that are not finished")
+    lines.add_argument("out", type=Path, help="where its runs are, or will be")
+    lines.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags that every command gets")
+    lines.set_defaults(do=lambda args: study.print_commands(args.out, args.flags))
     naming = {"metavar": ("LABEL", "KEY=VALUE"), "help": "name a group of settings (* is any value)"}
     for name, (do, about) in VERBS.items():
         verb = verbs.add_parser(name, help=about)

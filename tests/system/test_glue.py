@@ -11,11 +11,13 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 from conftest import FOLDERS, LABELS, write_glue
 
 from harness import glue
 from harness.glue import DEMO, TASKS, check_hub, load_task, published
+from harness.task import held_out, hold_out
 
 REAL = os.environ.get("GLUE_DIR")
 
@@ -327,3 +329,37 @@ def test_the_demo_has_the_size_of_its_file_and_lasts_its_epochs(method: str):
     assert DEMO.train_size == len(lines)
     epochs = DEMO.settings(method, "ivon")["epochs"]
     assert DEMO.settings(method, "ivon")["total_steps"] == epochs * math.ceil(len(lines) / 32)
+
+
+# --- a share of train held out ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["cola", "stsb"])
+def test_a_held_out_share_of_train_is_validation_and_the_rest_is_train(task: str, tmp_path: Path):
+    write_glue(tmp_path, task, train=200)
+    held = hold_out(TASKS[task], 0.1, 0)
+    whole = load_task(task, tmp_path)
+    data = held.load(tmp_path, ("train", "holdout"))
+    assert {name: len(split) for name, split in data.items()} == {"train": 180, "holdout": 20}
+    assert sorted([*data["train"]["idx"], *data["holdout"]["idx"]]) == list(range(200))
+    assert all(row == whole["train"][row["idx"]] for split in data.values() for row in split)
+    assert held.validation == ("holdout",)
+    assert list(held.load(tmp_path, ["validation"])["validation"]) == list(whole["validation"])
+
+
+def test_the_held_out_share_is_stratified_and_the_same_for_the_same_seed():
+    labels = np.random.default_rng(0).choice([0, 1, 1, 1, 2], size=8551)
+    held = held_out(labels, 0.1, 0)
+    assert held.sum() == 855
+    for label in range(3):
+        assert abs(held[labels == label].sum() - 0.1 * (labels == label).sum()) <= 1
+    assert (held == held_out(labels, 0.1, 0)).all()
+    assert (held != held_out(labels, 0.1, 1)).any()
+    assert hold_out(TASKS["cola"], 0.1, 0).train_size == 8551 - 855
+
+
+def test_a_regressions_held_out_share_has_its_scores_quantiles():
+    scores = np.random.default_rng(0).uniform(0, 5, size=5749)
+    held = held_out(scores, 0.1, 3)
+    quantiles = np.linspace(0, 1, 11)
+    assert np.quantile(scores[held], quantiles) == pytest.approx(np.quantile(scores, quantiles), abs=0.02)

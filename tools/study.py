@@ -1,0 +1,90 @@
+"""The study of results/study.md as run_glue.py commands: an equal search, then fresh seeds at what it chose.
+
+`python -m tools.reproduce study OUT` prints what is not finished in OUT. The commands of a task's second part
+appear when all of its search is finished there.
+"""
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools.finished import read_run
+
+TASKS = ("cola", "stsb", "sst2")
+UPDATES = 600
+SHAPE = f"--max_steps {UPDATES} --eval_every {UPDATES} --batch_size 32 --group_by_length --holdout 0.1"
+SEARCH_SEED, SEEDS, MORE_SEEDS = 1, range(11, 16), range(16, 19)  # the latter on CoLA alone
+
+ADAMW = [f"--lr {lr}" for lr in ("2e-4", "5e-4", "1e-3", "2e-3", "4e-3", "8e-3")]
+# IVON's largest step is lr·(h0 + δ)·ξ: at h0 1e-4 and ξ 1e-3, lr 1e4 makes it 1e-3.
+WIDE = "--hess_init 1e-4 --beta2 0.999"
+TRIALS = {
+    "lora-adamw": ("--method lora --optimizer adamw", ADAMW),
+    "lora-ivon": (
+        "--method lora --optimizer ivon",
+        [f"{WIDE} --ess 1e8 --lr {lr}" for lr in ("3e2", "1e3", "3e3", "1e4")]
+        + [f"{WIDE} --ess {ess} --lr {lr}" for ess, lr in (("1e7", "1e3"), ("1e9", "3e3"))],
+    ),
+    "adalora-adamw": ("--optimizer adamw --score sensitivity", ADAMW),
+    "adalora-ivon-mu": (
+        "--optimizer ivon --score mu",
+        [f"{WIDE} --ess 1e7 --lr {lr}" for lr in ("1e3", "3e3", "1e4", "3e4")]
+        + [f"{WIDE} --ess 1e9 --lr 1e4", "--hess_init 1e-3 --beta2 0.9999 --ess 1e6 --lr 3e3"],
+    ),
+}
+# Beside the searched rows, by what they add to the settings chosen for adalora-ivon-mu.
+MORE_ROWS = {
+    "adalora-ivon-sensitivity": "--score sensitivity",
+    "adalora-ivon-snr": "--score snr",
+    "adalora-ivon-held": "--beta2 1",  # h stays h0: the same σ for every entry
+    "adalora-ivon-noiseless": "--beta2 1 --ess 1e30",  # σ is 0 to float32, and the rest the same
+}
+SPARSE = ("sensitivity", "snr", "mu", "inv_sigma")  # at rank 0.25, on CoLA
+LONG_UPDATES, LONG_SEEDS = 6700, range(11, 14)  # [C]'s length, on CoLA
+
+
+def search(task: str) -> Iterator[tuple[str, str]]:
+    """Of each trial its folder's name and its flags."""
+    for row, (what, trials) in TRIALS.items():
+        for i, trial in enumerate(trials):
+            yield f"{task}/search/{row}-{i}", f"--task {task} {what} {trial} --seed {SEARCH_SEED} {SHAPE}"
+
+
+def chosen(out: Path, task: str) -> dict[str, str] | None:
+    """By row of TRIALS the flags whose trial is best on the held-out share; None before all are finished."""
+    if not all((out / name / "results.json").exists() for name, _ in search(task)):
+        return None
+    best = {}
+    for row, (what, trials) in TRIALS.items():
+        runs = [read_run(out / f"{task}/search/{row}-{i}").results for i in range(len(trials))]
+        scores = [run["last"][run["metric"]] for run in runs]
+        best[row] = f"{what} {trials[scores.index(max(scores))]}"
+    return best
+
+
+def second_part(task: str, settings: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """The runs that are judged; where a flag is given twice, the last one counts."""
+    mu = settings["adalora-ivon-mu"]
+    rows = settings | {row: f"{mu} {more}" for row, more in MORE_ROWS.items()}
+    for seed in [*SEEDS, *(MORE_SEEDS if task == "cola" else ())]:
+        for row, flags in rows.items():
+            yield f"{task}/{row}-s{seed}", f"--task {task} {flags} --seed {seed} {SHAPE}"
+    if task == "cola":
+        for seed in SEEDS:
+            for score in SPARSE:
+                flags = f"{mu} --score {score} --target_rank 0.25 --init_rank 3"
+                yield f"{task}/rank-0.25-{score}-s{seed}", f"--task {task} {flags} --seed {seed} {SHAPE}"
+        length = f"--max_steps {LONG_UPDATES} --eval_every {LONG_UPDATES}"
+        for seed in LONG_SEEDS:
+            for row in ("adalora-adamw", "adalora-ivon-mu"):
+                flags = f"{settings[row]} --seed {seed} {SHAPE} {length}"
+                yield f"{task}/long-{row}-s{seed}", f"--task {task} {flags}"
+
+
+def print_commands(out: Path, more: list[str]) -> None:
+    for task in TASKS:
+        settings = chosen(out, task)
+        for name, flags in search(task) if settings is None else second_part(task, settings):
+            if not (out / name / "results.json").exists():
+                where = ["--output_dir", str(out / name), "--resume"]
+                print(shlex.join(["python", "run_glue.py", *flags.split(), *where, *more]))
