@@ -1,0 +1,67 @@
+"""What IVON's h comes to rest at, with gradients whose noise and curvature are known (docs/method.md).
+
+With Price's estimator h performs, to first order in a = 1 − β2, a square-root diffusion around h* = H + ½·a·v
+with v = ess·E[ĝ²]. Its stationary distribution is a gamma distribution of mean h* and variance ½·a·v·h*, so
+of shape 2h*/(a·v): an exponential one where gradient noise dominates.
+"""
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from torch import nn
+
+from ivon import IVON
+
+N, STEPS, BETA2 = 4_000, 700, 0.99
+
+
+def at_rest(ess: float, hess_approx: str = "price") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """h of N entries after STEPS steps at lr 0, their curvatures H, and their E[ĝ²]."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(1)
+    s = 10 ** (2 * torch.rand(N, generator=generator, dtype=torch.float64) - 4)  # noise, 1e-4 to 1e-2
+    H = 32 * s**2
+    p = nn.Parameter(torch.zeros(N, dtype=torch.float64))
+    opt = IVON([p], 0.0, ess, hess_init=1e-5, beta2=BETA2, weight_decay=0, hess_approx=hess_approx)
+    for _ in range(STEPS):
+        with opt.sampled_params(train=True):
+            p.grad = H * p.detach() + s * torch.randn(N, generator=generator, dtype=torch.float64)
+        opt.step()
+    h, H, s = opt.state[p]["h"].numpy(), H.numpy(), s.numpy()
+    sigma_squared = 1 / (ess * (H + 0.5 * (1 - BETA2) * ess * s**2))
+    return h, H, s**2 + H**2 * sigma_squared
+
+
+@pytest.mark.parametrize("ess", [1e5, 2e3], ids=["noise dominates", "curvature counts"])
+def test_h_rests_at_the_curvature_plus_half_of_1_minus_beta2_times_ess_times_the_squared_gradient(ess: float):
+    h, H, squared = at_rest(ess)
+    second = 0.5 * (1 - BETA2) * ess * squared
+    ratio = h / (H + second)
+    assert ratio.mean() == pytest.approx(1, abs=0.04)
+    shape = (H + second) / second
+    assert shape.std() < 0.01 * shape.mean()
+    law = stats.gamma(shape.mean(), scale=1 / shape.mean())
+    assert ratio.std() == pytest.approx(law.std(), rel=0.08)  # to first order in a = 0.01
+    for q in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert (ratio < law.ppf(q)).mean() == pytest.approx(q, abs=0.03)
+
+
+def test_with_squared_gradients_h_rests_at_ess_times_their_mean():
+    h, _, squared = at_rest(1e5, "gradsq")
+    ratio = h / (1e5 * squared)
+    assert ratio.mean() == pytest.approx(1, abs=0.02)
+    # An average over 1/(1 − β2) squares of normal numbers, each with a variance of 2.
+    assert ratio.std() == pytest.approx(np.sqrt(2 * (1 - BETA2) / (1 + BETA2)), rel=0.05)
+
+
+def test_the_diagnostics_say_which_share_of_h_gradient_noise_explains():
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(N, dtype=torch.float64))
+    opt = IVON([p], 0.0, 2e3, hess_init=1.0, beta2=BETA2, weight_decay=0)
+    for _ in range(STEPS):
+        with opt.sampled_params(train=True):
+            p.grad = 32e-4 * p.detach() + 1e-2 * torch.randn(N, dtype=torch.float64)
+        opt.step()
+    # s² = 1e-4, H = 32 s²: h* = 32 s² + 10 s², of which the second term is 10/42.
+    assert opt.diagnostics()["law"] == pytest.approx(10 / 42, rel=0.05)
