@@ -21,7 +21,7 @@ from harness.task import Task
 
 
 @torch.inference_mode()
-def predict(model: nn.Module, split: Any) -> Tensor:
+def predict(model: nn.Module, split: Any, dropout: bool = False) -> Tensor:
     """What the model predicts for each example of a batches.Split, in its order, float64: probabilities
     (n, classes), or for regression numbers (n,).
 
@@ -29,7 +29,7 @@ def predict(model: nn.Module, split: Any) -> Tensor:
     finite.
     """
     training, outputs = model.training, []
-    model.eval()
+    model.train(dropout)
     for batch in processes.own_share(split.batches):
         inputs = {name: x.to(model.device) for name, x in batch.items()}
         outputs.append(model(**inputs).logits)

@@ -1,19 +1,22 @@
-"""Evaluate a finished run's best adapter: at its mean, from posterior draws, or for GLUE's leaderboard.
+"""Evaluate a finished run's adapter: at its mean, from posterior draws, or for GLUE's leaderboard.
 
     python -m tools.evaluate runs/RUN                                            # at the mean
     python -m tools.evaluate runs/RUN --eval_samples 10 --temperature 0 0.5 1    # also from its posterior
     python -m tools.evaluate runs/RUN --split train --data_dir path/to/other/glue
+    python -m tools.evaluate runs/RUN --split validation --fit holdout           # beside tools/calibrate.py's
     python -m tools.evaluate runs/RUN --predict CoLA.tsv                         # for the test split
 
 Writes evaluation.json and predictions.safetensors into the run's folder or --output_dir, keeping what they
 hold of other splits; with --predict, that file alone.
 """
 
+import itertools
 import json
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -21,12 +24,15 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from harness import files
-from harness.batches import Split, evaluation_split, tokenize
+from harness.batches import evaluation_split, tokenize
 from harness.prediction import judge, predict, predict_from_draws
 from harness.run_folder import EVALUATION, POSTERIOR
 from harness.settings import Parser, check_device, exit_status, number, task_of, whole
 from harness.task import Task, UsageError
+from tools.calibrate import FITTED, Predictor, first, fitted
 from tools.finished import evaluation_settings, load_model, read_run
+
+FIT_ON = 400  # examples, about
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -35,6 +41,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--eval_samples", type=whole(0), default=0, help="draws to average over (0: none)")
     parser.add_argument("--temperature", type=number(0), nargs="+", help="τ: draw with variance τσ² (1)")
     parser.add_argument("--split", help="of the data (the task's validation; for --predict its test)")
+    parser.add_argument("--fit", metavar="SPLIT", help="also what is fitted on this split, and costs nothing")
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
     parser.add_argument("--seed", type=whole(0), help="of the draws (as in the run, like all that follow)")
     parser.add_argument("--model", help="where the base model is now")
@@ -51,8 +58,10 @@ def check(args: Namespace, task: Task) -> list[str]:
         raise UsageError("--temperature is for posterior draws: give --eval_samples N, or leave it out")
     if args.eval_samples and not (args.run / POSTERIOR).exists():
         raise UsageError(f"--eval_samples needs a posterior, and {args.run} has none: IVON's runs have one")
-    if args.predict and len(args.temperature or ()) > 1:
-        raise UsageError("--predict is for one --temperature")
+    if args.predict and (args.fit or len(args.temperature or ()) > 1):
+        raise UsageError("--predict is for one --temperature, and not for --fit")
+    if args.fit and not task.labels:
+        raise UsageError(f"--fit is for classes; {task.name} is a regression")
     if args.predict and args.output_dir:
         raise UsageError("--predict FILE says where to write: leave --output_dir out")
     if args.predict and not args.predict.absolute().parent.is_dir():
@@ -64,21 +73,19 @@ def check(args: Namespace, task: Task) -> list[str]:
         files.check_writable(path, path)
     tests = [split for split in task.splits if split.startswith("test")]
     names = [args.split] if args.split is not None else tests[:1] if args.predict else list(task.validation)
-    if names[0] not in task.splits:
-        raise UsageError(f"--split {names[0]}: {task.name} has {', '.join(task.splits)}")
+    for flag, name in {"--split": names[0], "--fit": args.fit}.items():
+        if name not in (None, *task.splits):
+            raise UsageError(f"{flag} {name}: {task.name} has {', '.join(task.splits)}")
     return names
 
 
-def predict_at(
-    model: nn.Module, split: Split, sigma: dict[str, Tensor], samples: int, tau: float, seed: int
-) -> Tensor:
-    """Predictions at the mean, or averaged over draws. UsageError where they are not finite."""
-    try:
-        if samples:
-            return predict_from_draws(model, split, sigma, samples, tau, seed)
-        return predict(model, split)
-    except FloatingPointError as error:
-        raise UsageError(f"{error} ({f'--temperature {tau:g}' if samples else 'at the mean'})") from None
+def predictors(args: Namespace, model: nn.Module, sigma: dict[str, Tensor], seed: int) -> list[Predictor]:
+    """At the mean, and averaged over draws at each temperature."""
+    n, found = args.eval_samples, [Predictor("mean", 0, 0.0, lambda of: predict(model, of))]
+    for tau in (args.temperature or [1.0]) if n else ():
+        draws = partial(predict_from_draws, model, sigma=sigma, samples=n, temperature=tau, seed=seed)
+        found.append(Predictor(f"tau={tau:g}", n, tau, draws))
+    return found
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -89,34 +96,43 @@ def main(argv: list[str] | None = None) -> None:
     task = task_of(s)
     names = check(args, task)
     check_device(s.device)
-    data = task.load(s.data_dir, names)
-    tokenizer, model, _, sigma = load_model(run, s)
+    data = task.load(s.data_dir, [*names, *([args.fit] if args.fit else ())])
+    tokenizer, model, layers, sigma = load_model(run, s)
     collate = DataCollatorWithPadding(tokenizer)
-    draws = [(args.eval_samples, tau) for tau in args.temperature or [1.0]] if args.eval_samples else []
-    where = {"model": s.model, "data_dir": s.data_dir and str(s.data_dir), "seed": s.seed}
-    rows, saved = [], {}
-    for name in names:
-        tokens = tokenize(data[name], task, tokenizer, s.max_length)
-        split = evaluation_split(*tokens, collate, s.eval_batch_size)
+    splits = {
+        name: evaluation_split(
+            *tokenize(data[name], task, tokenizer, s.max_length), collate, s.eval_batch_size
+        )
+        for name in data
+    }
+    ways: Iterable[Predictor] = predictors(args, model, sigma, s.seed)
+    try:
         if args.predict:
-            predictions = predict_at(model, split, sigma, *(draws or [(0, 0.0)])[0], s.seed)
-            write_submission(args.predict.resolve(), data[name]["idx"], predictions, task)
+            predictions = ways[-1].predict(splits[names[0]])
+            write_submission(args.predict.resolve(), data[names[0]]["idx"], predictions, task)
             print(f"predictions of {len(predictions)} examples in {args.predict}")
             return
-        if (split.labels < 0).any():
-            raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
-        saved[f"{name}.labels"] = split.labels
-        for samples, tau in [(0, 0.0), *draws]:
-            began = time.perf_counter()
-            predictions = predict_at(model, split, sigma, samples, tau, s.seed)
-            seconds = time.perf_counter() - began
-            judged = judge(task, predictions, split.labels, calibrated=True)
-            how = f"tau={tau:g}" if samples else "mean"
-            saved[f"{name}.{how}"] = predictions
-            row = {"split": name, "samples": samples, "temperature": tau, **judged, "seconds": seconds}
-            rows.append(row | where)
-            numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
-            print(f"{name} {how}:  {numbers}  ({seconds:.2f} s)", flush=True)
+        for name in splits:
+            if (splits[name].labels < 0).any():
+                raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
+        if args.fit:
+            seen = first(splits[args.fit], FIT_ON)
+            ways = itertools.chain(ways, fitted(model, layers, sigma, seen, args.eval_samples or 10, s.seed))
+        rows, saved = [], {f"{name}.labels": splits[name].labels for name in names}
+        where = {"model": s.model, "data_dir": s.data_dir and str(s.data_dir), "seed": s.seed}
+        for way in ways:  # one after the other: the last rewrites the adapters
+            for name in names:
+                began = time.perf_counter()
+                predictions = saved[f"{name}.{way.how}"] = way.predict(splits[name])
+                seconds = time.perf_counter() - began
+                judged = judge(task, predictions, splits[name].labels, calibrated=True)
+                row = {"split": name, "how": way.how, "samples": way.samples, "temperature": way.value}
+                rows.append(row | judged | {"seconds": seconds, **where})
+                numbers = "  ".join(f"{metric} {value:.4f}" for metric, value in judged.items())
+                value = f" ({way.value:.3g})" * (way.how in FITTED)
+                print(f"{name} {way.how}{value}:  {numbers}  ({seconds:.2f} s)", flush=True)
+    except FloatingPointError as error:
+        raise UsageError(f"{error}: is --temperature too high?") from None
     record(args.output_dir or args.run, rows, saved)
 
 

@@ -98,11 +98,13 @@ def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
 def read_evaluations(run: FinishedRun, split: str) -> pd.DataFrame:
     """What tools.evaluate found on a split, a line an evaluation."""
     rows = pd.DataFrame(read_json(run.folder / "evaluation.json")["evaluations"])
-    rows = rows[rows["split"] == split]
+    rows = rows[rows["split"] == split].copy()
     where = {"model": run.config["model"], "data_dir": run.config["data_dir"]}
     if any(row[key] != value for row in rows[list(where)].to_dict("records") for key, value in where.items()):
         raise UsageError("evaluated with another model or other data than it was trained with")
-    if rows.empty or rows.drop(columns=["split", *where]).astype(float).isna().any(axis=None):
+    if "how" not in rows:  # an earlier form
+        rows["how"] = [f"tau={row.temperature:g}" if row.samples else "mean" for row in rows.itertuples()]
+    if rows.empty or rows.drop(columns=["split", "how", *where]).astype(float).isna().any(axis=None):
         raise UsageError(f"evaluation.json has nothing of {split}, or is damaged")
     return rows.drop(columns=list(where))
 

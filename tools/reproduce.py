@@ -5,6 +5,8 @@
     python -m tools.reproduce commands --tasks rte -- --bf16       # flags that every line gets
     python -m tools.reproduce study runs -- --model MODEL          # results/study.md: what is not finished
     python -m tools.reproduce table runs                           # Table I as Markdown
+    python -m tools.reproduce report runs                          # its trials and comparisons
+    python -m tools.reproduce compare runs --rows A B C            # A against B and C, seed by seed
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
     python -m tools.reproduce curves runs -o curves.png            # score and budget against the step
     python -m tools.reproduce agreement runs -o agreement.png      # of runs with --track_scores
@@ -43,7 +45,7 @@ from harness.metrics import rank_table
 from harness.settings import IDENTITY, SHAPE, TASKS, Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from scores import SCORES
-from tools import figures, study
+from tools import compare, figures, study
 from tools.finished import DAMAGED, FinishedRun, find_runs, read_evaluations, read_lines, skip
 
 SEEDS = (2021, 2022, 2023, 2024, 2025)
@@ -345,11 +347,16 @@ def read_evaluated(args: Namespace) -> dict[str, pd.DataFrame]:
 
     def rows(run: FinishedRun) -> pd.DataFrame:
         found = read_evaluations(run, TASKS[run.config["task"]].validation[0])
-        kinds = zip(found["samples"], found["temperature"], strict=True)
-        return found.assign(how=[f"{n} draws, τ = {tau:g}" if n else "mean" for n, tau in kinds])
+        return found.assign(
+            key=found["how"], how=[how_text(*of) for of in zip(found["how"], found["samples"], strict=True)]
+        )
 
     groups = read_found(args, rows).items()
     return {name: found.sort_values(["samples", "temperature"], kind="stable") for name, found in groups}
+
+
+def how_text(how: str, samples: int) -> str:
+    return f"{samples} draws, {how.replace('tau=', 'τ = ')}" if how.startswith("tau=") else how
 
 
 def print_calibration_table(found: Mapping[str, pd.DataFrame]) -> None:
@@ -370,8 +377,7 @@ def read_predictions(row: Any) -> tuple[np.ndarray, np.ndarray]:
     path = row.folder / "predictions.safetensors"
     tensors, metadata = read_tensors(path)
     rows = json.loads((row.folder / "evaluation.json").read_text())["evaluations"]
-    key = f"tau={row.temperature:g}" if row.samples else "mean"
-    p, labels = tensors.get(f"{row.split}.{key}"), tensors.get(f"{row.split}.labels")
+    p, labels = tensors.get(f"{row.split}.{row.key}"), tensors.get(f"{row.split}.labels")
     if p is None or labels is None or metadata.get("evaluations") != json.dumps(rows):
         raise UsageError(f"{path} is not of the same evaluation as evaluation.json: tools.evaluate again")
     return p.numpy(), labels.numpy()
@@ -385,7 +391,7 @@ def print_calibration(args: Namespace) -> None:
     panels = {name: {} for name, frame in found.items() if "nll" in frame}  # regression has no probabilities
     for name in panels:
         frame = found[name]
-        shown = frame[(frame["samples"] == 0) | (frame["temperature"] == 1)]
+        shown = frame[frame["key"].isin(["mean", "tau=1", "temperature scaling"])]
         for how, rows in shown.groupby("how", sort=False):
             of_seeds = zip(*map(read_predictions, rows.itertuples()), strict=True)
             panels[name][how] = tuple(map(np.concatenate, of_seeds))
@@ -396,7 +402,8 @@ def print_temperature(args: Namespace) -> None:
     found = read_evaluated(args)
     print_calibration_table(found)
     if args.o:
-        drawn = {name: frame[frame["samples"] > 0] for name, frame in found.items() if frame["samples"].any()}
+        draws = {name: frame[frame["key"].str.startswith("tau=")] for name, frame in found.items()}
+        drawn = {name: frame for name, frame in draws.items() if len(frame)}
         for name, frame in drawn.items():
             drawn[name] = frame.assign(error=100 * (1 - frame[TASKS[frame["task"].iloc[0]].metric]))
         figures.save(figures.temperature(drawn), args.o)
@@ -436,6 +443,18 @@ def parse(argv: list[str] | None = None) -> Namespace:
     lines.add_argument("out", type=Path, help="where its runs are, or will be")
     lines.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags that every command gets")
     lines.set_defaults(do=lambda args: study.print_commands(args.out, args.flags))
+    report = verbs.add_parser("report", help="the study's trials and comparisons, from what is finished")
+    report.add_argument("out", type=Path, help="where its runs are")
+    report.set_defaults(do=lambda args: study.print_report(args.out))
+    comparison = verbs.add_parser("compare", help=compare.__doc__.split("\n")[0])
+    comparison.add_argument("runs", nargs="+", type=Path, help="folders of runs")
+    comparison.add_argument(
+        "--rows", nargs="+", required=True, metavar="ROW", help="the first against the others"
+    )
+    comparison.add_argument(
+        "--split", default="validation", help="that tools.evaluate has evaluated (validation)"
+    )
+    comparison.set_defaults(do=lambda args: compare.print_compare(args.runs, args.rows, args.split))
     naming = {"metavar": ("LABEL", "KEY=VALUE"), "help": "name a group of settings (* is any value)"}
     for name, (do, about) in VERBS.items():
         verb = verbs.add_parser(name, help=about)

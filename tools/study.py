@@ -8,6 +8,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from harness.task import UsageError
+from tools.compare import print_compare
 from tools.finished import read_run
 
 TASKS = ("cola", "stsb", "sst2")
@@ -41,6 +43,24 @@ MORE_ROWS = {
 }
 SPARSE = ("sensitivity", "snr", "mu", "inv_sigma")  # at rank 0.25, on CoLA
 LONG_UPDATES, LONG_SEEDS = 6700, range(11, 14)  # [C]'s length, on CoLA
+
+
+IVON, ADALORA = "adalora-ivon-mu", "adalora-adamw"
+CLAIMS = {  # the first row against each of the others
+    "AdaLoRA: IVON against AdamW, and against LoRA": [IVON, ADALORA, "lora-adamw", "lora-ivon"],
+    "LoRA: IVON against AdamW": ["lora-ivon", "lora-adamw"],
+    "Which part of IVON": [IVON, "adalora-ivon-held", "adalora-ivon-noiseless"],
+    "Which score, at rank 2": [IVON, "adalora-ivon-sensitivity", "adalora-ivon-snr"],
+    "Which score, at rank 0.25": ["rank-0.25-mu", *(f"rank-0.25-{s}" for s in SPARSE if s != "mu")],
+    "Ten draws against what costs nothing": [
+        f"{IVON}:tau=1",
+        *(f"{IVON}:{how}" for how in ("mean", "temperature scaling", "MC dropout", "TFB", "pruned")),
+        f"{ADALORA}:mean",
+        f"{ADALORA}:temperature scaling",
+        f"{ADALORA}:TFB",
+    ],
+    "At [C]'s length": ["long-adalora-ivon-mu", "long-adalora-adamw"],
+}
 
 
 def search(task: str) -> Iterator[tuple[str, str]]:
@@ -82,9 +102,37 @@ def second_part(task: str, settings: dict[str, str]) -> Iterator[tuple[str, str]
 
 
 def print_commands(out: Path, more: list[str]) -> None:
+    """run_glue.py's of what is not finished, then tools.evaluate's of what is finished and not evaluated."""
     for task in TASKS:
         settings = chosen(out, task)
         for name, flags in search(task) if settings is None else second_part(task, settings):
             if not (out / name / "results.json").exists():
                 where = ["--output_dir", str(out / name), "--resume"]
                 print(shlex.join(["python", "run_glue.py", *flags.split(), *where, *more]))
+    for task in TASKS:
+        for name, flags in second_part(task, settings) if (settings := chosen(out, task)) else ():
+            if not (out / name / "evaluation.json").exists():
+                draws = ["--eval_samples", "10"] if "--optimizer ivon" in flags else []
+                rivals = task != "stsb" and name.split("/")[1].rpartition("-s")[0] in TRIALS
+                fit = ["--fit", "holdout"] if rivals else []
+                how = ["--split", "validation", *draws, *fit]
+                print(shlex.join(["python", "-m", "tools.evaluate", str(out / name), *how]))
+
+
+def print_report(out: Path) -> None:
+    """Each task's trials, and every claim's comparison, from what is finished, as Markdown."""
+    for task in TASKS:
+        print(f"\n### {task}: the search\n\n| row | trial | held-out score in percent |\n| --- | --- | --- |")
+        best = chosen(out, task) or {}
+        for row, (what, trials) in TRIALS.items():
+            for i, trial in enumerate(trials):
+                if (out / f"{task}/search/{row}-{i}/results.json").exists():
+                    run = read_run(out / f"{task}/search/{row}-{i}").results
+                    mark = " (chosen)" * (best.get(row) == f"{what} {trial}")
+                    print(f"| {row} | `{trial}`{mark} | {100 * run['last'][run['metric']]:.2f} |")
+    for title, rows in CLAIMS.items():
+        print(f"\n### {title}\n")
+        try:
+            print_compare([out], rows, "validation")
+        except UsageError as error:
+            print(f"Not finished: {error}.")

@@ -1,0 +1,154 @@
+"""What a posterior's draws have to be better than: calibration that costs next to nothing.
+
+[G] Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (temperature scaling).
+[D] Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016 (MC dropout).
+[F] Shi et al., "Training-Free Bayesianization for Low-Rank Adapters of Large Language Models", 2024 (TFB).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from adalora import SVDLinear
+from harness.batches import Split
+from harness.metrics import calibration
+from harness.prediction import predict, predict_from_draws
+
+FITTED = ("temperature scaling", "draws at the fitted τ", "pruned", "TFB")
+TAUS = (0.1, 0.3, 1.0, 3.0)
+SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+TFB_RANGE, TFB_BISECTIONS, TFB_TOLERANCE = (0.001, 0.2), 5, 1.003  # [F]: NLL at most 0.3% above the mean's
+
+
+class Predictor(NamedTuple):
+    """A way to predict. `value` is what it was given, or what was fitted: τ, a temperature, σ_q, a share."""
+
+    how: str
+    samples: int
+    value: float
+    predict: Callable[[Split], Tensor]
+
+
+def fitted(
+    model: nn.Module, layers: Mapping[str, nn.Module], sigma: Mapping[str, Tensor], split: Split,
+    samples: int, seed: int,
+) -> Iterator[Predictor]:  # fmt: skip
+    """The rivals, each fitted by its NLL on `split`. The last rewrites the adapters: use each in its turn."""
+    mean = predict(model, split)
+    T = fit_scaling(mean, split.labels)
+    yield Predictor("temperature scaling", 0, T, lambda of: scaled(predict(model, of), T))
+    yield Predictor("MC dropout", samples, 0.0, lambda of: dropout_average(model, of, samples, seed))
+    if sigma:
+        at = {tau: predict_from_draws(model, split, sigma, samples, tau, seed) for tau in TAUS}
+        tau = min(TAUS, key=lambda tau: nll(at[tau], split))
+        draws = partial(predict_from_draws, model, sigma=sigma, samples=samples, temperature=tau, seed=seed)
+        yield Predictor("draws at the fitted τ", samples, tau, draws)
+        own = {name: x for name, x in sigma.items() if name.rpartition(".")[0] in layers}
+        at = {share: predict_pruned(model, split, own, share) for share in (0.0, *SHARES)}
+        share = min(at, key=lambda share: nll(at[share], split))
+        yield Predictor("pruned", 0, share, lambda of: predict_pruned(model, of, own, share))
+    if layers:
+        unit = training_free(layers)
+        q = fit_training_free(model, split, unit, TFB_TOLERANCE * nll(mean, split), samples, seed)
+        free = {name: q * x for name, x in unit.items()}
+        draws = partial(predict_from_draws, model, sigma=free, samples=samples, temperature=1.0, seed=seed)
+        yield Predictor("TFB", samples, q, draws)
+
+
+def nll(probabilities: Tensor, split: Split) -> float:
+    return calibration(probabilities.numpy(), split.labels.numpy())["nll"]
+
+
+def scaled(probabilities: Tensor, T: float) -> Tensor:
+    """softmax(logits / T); the logits are known up to a constant."""
+    return (probabilities.clamp_min(torch.finfo(torch.float64).tiny).log() / T).softmax(-1)
+
+
+def fit_scaling(probabilities: Tensor, labels: Tensor) -> float:
+    """The temperature T in [1/20, 20] with the least NLL. Source: [G] section 4.2."""
+
+    def loss(log_T: float) -> float:
+        return calibration(scaled(probabilities, math.exp(log_T)).numpy(), labels.numpy())["nll"]
+
+    return math.exp(minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded").x)
+
+
+def dropout_average(model: nn.Module, split: Split, passes: int, seed: int) -> Tensor:
+    """Probabilities averaged over passes with the model's own dropout. Source: [D]."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return sum(predict(model, split, dropout=True) for _ in range(passes)) / passes
+
+
+@torch.no_grad()
+def training_free(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Write each adapter's product as U·diag(d)·A' by an SVD of its left factor, ΔW being the same; return
+    1/d_i for the entries of row i of A', by parameter name. σ_q times that is σ; all else has none.
+    """
+    sigma = {}
+    for name, layer in layers.items():
+        svd = isinstance(layer, SVDLinear)
+        left = layer.scaling * (layer.P * layer.lam if svd else layer.B)
+        U, d, V = torch.linalg.svd(left, full_matrices=False)
+        if svd:
+            layer.P.copy_(U)
+            layer.lam.copy_(d / layer.scaling)
+            right, part = layer.Q, "Q"
+        else:
+            layer.B.copy_(U * d / layer.scaling)
+            right, part = layer.A, "A"
+        right.copy_(V @ right)
+        d = d.clamp_min(torch.finfo(d.dtype).tiny)
+        sigma[f"{name}.{part}"] = d.reciprocal().unsqueeze(1).expand_as(right)
+    return sigma
+
+
+def fit_training_free(
+    model: nn.Module, split: Split, unit: Mapping[str, Tensor], most: float, samples: int, seed: int
+) -> float:
+    """The largest σ_q, by bisection, at which the NLL averaged over draws is at most `most`. Source: [F]."""
+    low, high = TFB_RANGE
+    for _ in range(TFB_BISECTIONS):
+        middle = (low + high) / 2
+        sigma = {name: middle * x for name, x in unit.items()}
+        fine = nll(predict_from_draws(model, split, sigma, samples, 1.0, seed), split) <= most
+        low, high = (middle, high) if fine else (low, middle)
+    return low
+
+
+def predict_pruned(model: nn.Module, split: Split, sigma: Mapping[str, Tensor], share: float) -> Tensor:
+    with pruned(model, sigma, share):
+        return predict(model, split)
+
+
+@contextmanager
+def pruned(model: nn.Module, sigma: Mapping[str, Tensor], share: float) -> Iterator[None]:
+    """Inside the block the share of the entries that have a σ with the smallest |μ|/σ is 0."""
+    parameters = {name: p.data for name, p in model.named_parameters() if name in sigma}
+    before = {name: p.clone() for name, p in parameters.items()}
+    ratios = torch.cat([(p.abs() / sigma[name]).flatten() for name, p in parameters.items()])
+    order = ratios.argsort(stable=True)
+    keep = torch.ones_like(ratios, dtype=torch.bool)
+    keep[order[: int(share * len(order))]] = False
+    try:
+        masks = keep.split([p.numel() for p in before.values()])
+        for p, mask in zip(parameters.values(), masks, strict=True):
+            p.mul_(mask.view(p.shape))
+        yield
+    finally:
+        for name, p in parameters.items():
+            p.copy_(before[name])
+
+
+def first(split: Split, n: int) -> Split:
+    """About n examples of a split, of all lengths: every k-th batch of it."""
+    k = max(1, round(len(split.labels) / n))
+    where = split.position.argsort().split([len(next(iter(batch.values()))) for batch in split.batches])
+    kept = torch.cat(where[::k])
+    return Split(split.batches[::k], torch.arange(len(kept)), split.labels[kept])

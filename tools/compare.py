@@ -1,0 +1,94 @@
+"""Rows of finished runs against each other: paired differences over seeds, and the word that they allow.
+
+A row is the name of its runs' folders without task and seed: "lora-ivon" for `…/cola/lora-ivon-s11`.
+"ROW:HOW" is one of the ways to predict that tools.evaluate has recorded; "mean" where it is not said.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from harness.settings import TASKS
+from harness.task import UsageError
+from tools.finished import find_runs, read_evaluations
+
+MEASURES = {"score": 100, "nll": 1, "ece": 100, "brier": 1}  # with what they are multiplied by
+LOWER_IS_BETTER = ("nll", "ece", "brier")
+
+
+def read_measures(folders: list[Path], split: str) -> pd.DataFrame:
+    """A line a run and way to predict: row, how, task, seed, and MEASURES (NaN where a task has none)."""
+    found = []
+    for run in find_runs(folders):
+        task = TASKS[run.config["task"]]
+        row = re.sub(rf"^{task.name}-|-s{run.config['seed']}$", "", run.folder.name)
+        if (run.folder / "evaluation.json").exists():
+            lines = read_evaluations(run, split)
+            lines["score"] = lines[task.metric]
+            found.append(lines.assign(row=row, task=task.name, seed=run.config["seed"]))
+    if not found:
+        raise UsageError(f"no run there has an evaluation of {split}: run tools.evaluate")
+    return pd.concat(found, ignore_index=True).reindex(columns=["row", "how", "task", "seed", *MEASURES])
+
+
+def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[str, np.ndarray]:
+    """Row a less row b, by task, for the seeds that both have; "all": the tasks' mean, for the seeds that
+    both have on every task."""
+
+    def of(row: str) -> pd.DataFrame:
+        name, _, how = row.partition(":")
+        own = measures[(measures["row"] == name) & (measures["how"] == (how or "mean"))]
+        if own.empty:
+            raise UsageError(f"there is no row {row}; there are {', '.join(sorted(set(measures['row'])))}")
+        return own.pivot(index="seed", columns="task", values=measure).dropna(axis=1, how="all")
+
+    both = (MEASURES[measure] * (of(a) - of(b))).dropna(axis=1, how="all")
+    found = {task: both[task].dropna().to_numpy() for task in TASKS if task in both}
+    return found | ({"all": both.dropna().mean(axis=1).to_numpy()} if len(found) > 1 else {})
+
+
+def holm(p: Iterable[float]) -> np.ndarray:
+    """p-values corrected for their number: the i-th smallest of n times n − i + 1, or the one before if that
+    is larger. Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    p = np.asarray(list(p), dtype=float)
+    order = p.argsort()
+    corrected = np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order])
+    return np.minimum(corrected[order.argsort()], 1)
+
+
+def compared(measures: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
+    """The first row against each of the others: mean difference, 95% t-interval, n, p, Holm's p, the word."""
+    first, lines = rows[0], []
+    for other in rows[1:]:
+        for measure in MEASURES:
+            for task, d in differences(measures, first, other, measure).items():
+                if len(d) > 1:
+                    test = stats.ttest_1samp(d, 0) if d.std() else None
+                    low, high = test.confidence_interval(0.95) if test else (d.mean(), d.mean())
+                    p = test.pvalue if test else float(d.mean() == 0)
+                    lines.append([first, other, measure, task, d.mean(), low, high, len(d), p])
+    names = ["row", "against", "measure", "task", "difference", "low", "high", "n", "p"]
+    table = pd.DataFrame(lines, columns=names)
+    if table.empty:
+        raise UsageError("these rows have no two seeds in common")
+    table["holm"] = holm(table["p"])
+    lower = table["measure"].isin(LOWER_IS_BETTER)
+    word = np.where((table["difference"] < 0) == lower, "better", "worse")
+    table["word"] = np.where(table["holm"] < 0.05, word, "not distinguishable")
+    return table
+
+
+def print_compare(folders: list[Path], rows: list[str], split: str) -> None:
+    """The comparison as Markdown; score and ECE in points."""
+    print("| row | against | measure | task | difference [95%] | n | p | Holm's p | so it is |")
+    print("| --- " * 9 + "|")
+    for line in compared(read_measures(folders, split), rows).itertuples():
+        digits = 2 if MEASURES[line.measure] == 100 else 4
+        interval = f"{line.difference:+.{digits}f} [{line.low:+.{digits}f}, {line.high:+.{digits}f}]"
+        what = f"{line.row} | {line.against} | {line.measure} | {line.task} | {interval}"
+        print(f"| {what} | {line.n} | {line.p:.2g} | {line.holm:.2g} | {line.word} |")
