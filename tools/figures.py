@@ -125,37 +125,41 @@ def curves(lines: dict[str, Curve]) -> "plt.Figure":
 
 
 class Agreement(NamedTuple):
-    """How far scores agree in runs that differ in the seed alone: means over allocations and seeds."""
+    """How far scores agree in runs that differ in the seed alone."""
 
-    matrix: pd.DataFrame  # (scores, scores): Spearman above the diagonal, Jaccard below it; NaN: not defined
+    matrix: (
+        pd.DataFrame
+    )  # (scores, scores), at the last allocation: Spearman above the diagonal, Jaccard below
     chance: float  # Jaccard of two scores that have nothing in common
-    sigma_cv: pd.Series  # by step, mean over seeds; empty without a posterior
+    course: pd.DataFrame  # by step, means over seeds: "spearman.a/b", …, "sigma_cv"
+
+    def pairs(self) -> dict[str, str]:
+        """The columns of `course` that are drawn, with their labels: Spearman of mu and each other score."""
+        names = self.course.filter(like="spearman.").dropna(axis=1, how="all").columns
+        pairs = {name: name.partition(".")[2].split("/") for name in names}
+        return {name: " and ".join(pair) for name, pair in pairs.items() if "mu" in pair}
 
 
 def agreement(found: dict[str, Agreement]) -> "plt.Figure":
-    """A matrix for each setting, Spearman above the diagonal and Jaccard below; σ's variation under them."""
-    posterior = any(len(agreement.sigma_cv) for agreement in found.values())
-    across = min(len(found), 3)
-    down = math.ceil(len(found) / across)
-    figure = plt.figure(figsize=(0.5 + 3.6 * across, 3.6 * down + 2.4 * posterior), layout="constrained")
-    grid = figure.add_gridspec(down + posterior, across, height_ratios=[3.6] * down + [2.0] * posterior)
-    for i, (name, agreement) in enumerate(found.items()):
-        axis = figure.add_subplot(grid[i // across, i % across])
-        draw_heat_map(axis, agreement.matrix, 1, digits=2)
-        plt.setp(axis.get_xticklabels(), rotation=40, ha="right")
-        axis.set_title(
-            wrapped(f"{chr(97 + i)}) {name} (Jaccard by chance {agreement.chance:.2f})", 46), fontsize=8
-        )
-    if posterior:
-        axis = figure.add_subplot(grid[down, :])
-        for i, agreement in enumerate(found.values()):
-            if len(agreement.sigma_cv):
-                axis.semilogy(agreement.sigma_cv, label=f"{chr(97 + i)})")
-        axis.set_xlabel("step", fontsize=8)
-        axis.set_ylabel("σ: sd / mean", fontsize=8)
-        axis.legend(fontsize=7, ncols=len(found))
-        axis.grid(alpha=0.3)
-    figure.suptitle("Agreement of scores: Spearman above the diagonal, Jaccard of the kept below", fontsize=9)
+    """For each setting the last allocation's matrix, and under it the correlations' course and σ's variation."""
+    n = len(found)
+    shared = {"squeeze": False, "layout": "constrained", "height_ratios": (3.4, 2, 1.3)}
+    figure, axes = plt.subplots(3, n, figsize=(0.5 + 3.8 * n, 8.5), **shared)
+    for (name, agreement), (matrix, course, variation) in zip(found.items(), axes.T, strict=True):
+        draw_heat_map(matrix, agreement.matrix, 1, digits=2)
+        plt.setp(matrix.get_xticklabels(), rotation=40, ha="right")
+        matrix.set_title(wrapped(f"{name} (Jaccard by chance {agreement.chance:.2f})", 46), fontsize=8)
+        for column, label in agreement.pairs().items():
+            course.plot(agreement.course[column], label=label)
+        course.set(ylim=(-1.05, 1.05), ylabel="Spearman")
+        course.legend(fontsize=6, ncols=2)
+        if agreement.course["sigma_cv"].notna().any():
+            variation.semilogy(agreement.course["sigma_cv"])
+        variation.set(xlabel="step", ylabel="σ: sd / mean")
+        for axis in (course, variation):
+            axis.grid(alpha=0.3)
+    title = "Spearman above the diagonal, Jaccard of the kept below: at the last allocation"
+    figure.suptitle(title, fontsize=9)
     return figure
 
 

@@ -306,17 +306,18 @@ def print_agreement(args: Namespace) -> None:
 
     found = {}
     for name, lines in read_found(args, agreement).items():
-        # Two random sets of k of n triplets share k²/n of them.
-        chance = (lines["budget"] / (2 * lines["b0"] - lines["budget"])).where(lines["budget"] > 0, 1.0)
-        variation = lines.dropna(subset="sigma_cv").groupby("step")["sigma_cv"].mean()
-        found[name] = figures.Agreement(agreement_matrix(lines), chance.mean(), variation)
+        last = lines[lines["step"] == lines["step"].max()]
+        k, n = last["budget"].iloc[0], last["b0"].iloc[0]
+        chance = k / (2 * n - k) if k else 1.0  # two random sets of k of n triplets share k²/n of them
+        course = lines.drop(columns=["folder", "task", "row"]).groupby("step").mean()
+        found[name] = figures.Agreement(agreement_matrix(last), chance, course)
     print("\n\n".join(agreement_text(name, agreement) for name, agreement in found.items()))
     if args.o:
         figures.save(figures.agreement(found), args.o)
 
 
 def agreement_matrix(lines: pd.DataFrame) -> pd.DataFrame:
-    """Means over allocations and seeds, (scores, scores): Spearman above the diagonal, Jaccard below it.
+    """Means over seeds, (scores, scores): Spearman above the diagonal, Jaccard below it.
 
     NaN on the diagonal, and where a measure is not defined.
     """
@@ -330,11 +331,16 @@ def agreement_matrix(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement_text(name: str, agreement: figures.Agreement) -> str:
-    lines = [name, agreement.matrix.to_string(float_format="{:.3f}".format, na_rep="")]
+    first, last = agreement.course.index[[0, -1]]
+    lines = [f"{name}: at the last allocation, step {last}"]
+    lines.append(agreement.matrix.to_string(float_format="{:.3f}".format, na_rep=""))
     lines.append(f"Jaccard of two scores that have nothing in common: {agreement.chance:.3f}")
-    if len(agreement.sigma_cv):
-        last = agreement.sigma_cv.iloc[-1]
-        lines.append(f"coefficient of variation of σ at the last allocation: {last:.2g}")
+    for column, label in agreement.pairs().items():
+        begin, end = agreement.course[column].iloc[[0, -1]]
+        lines.append(f"Spearman of {label}, from step {first} to {last}: {begin:.3f}, {end:.3f}")
+    if agreement.course["sigma_cv"].notna().any():
+        cv = agreement.course["sigma_cv"].iloc[-1]
+        lines.append(f"coefficient of variation of σ at the last allocation: {cv:.2g}")
     return "\n".join(lines)
 
 

@@ -688,7 +688,7 @@ def test_two_models_have_two_names_and_their_chance_is_worked_by_hand(
         (folder / "score_agreement.jsonl").write_text(json.dumps(line) + "\n")
     out, _ = output(capsys, "agreement", tmp_path)
     blocks = out.strip().split("\n\n")
-    assert [block.splitlines()[0].split(", ")[-1] for block in blocks] == ["one", "two"]
+    assert [block.splitlines()[0].split(", ")[-2].split(":")[0] for block in blocks] == ["one", "two"]
     assert all("nothing in common: 0.500" in block for block in blocks)  # 8 of 12: 8/(24 − 8)
 
 
@@ -711,7 +711,7 @@ def test_a_half_written_journal_is_skipped_by_name(tmp_path: Path, capsys: pytes
     assert not (tmp_path / "x.png").exists()
 
 
-def test_agreement_is_averaged_over_allocations_and_seeds(
+def test_agreement_is_that_of_the_last_allocation_averaged_over_seeds_with_its_course(
     tmp_path: Path, drawn, capsys: pytest.CaptureFixture
 ):
     numbers = {1: (0.2, 0.4), 2: (0.6, 1.0)}
@@ -726,9 +726,9 @@ def test_agreement_is_averaged_over_allocations_and_seeds(
                 file.write(json.dumps(line) + "\n")
     out, _ = output(capsys, "agreement", tmp_path / "runs")
     lines = [line.split() for line in out.splitlines()]
-    assert out.splitlines()[0] == "CoLA, AdaLoRA IVON mu r=2, 2 seeds"
+    assert out.splitlines()[0] == "CoLA, AdaLoRA IVON mu r=2, 2 seeds: at the last allocation, step 2"
     # Spearman above the diagonal, Jaccard below it; nothing where a correlation is not defined.
-    mean = statistics.fmean([0.2, 0.4, 0.6, 1.0])
+    mean = statistics.fmean([0.4, 1.0])
     assert lines[1:5] == [
         ["mu", "snr", "lambda"],
         ["mu", f"{mean:.3f}"],
@@ -737,12 +737,15 @@ def test_agreement_is_averaged_over_allocations_and_seeds(
     ]
     assert "coefficient of variation of σ at the last allocation: 1.4" in out
     assert "nothing in common: 0.500" in out
+    assert "Spearman of mu and snr, from step 1 to 2: 0.400, 0.700" in out
     figure = drawn("agreement", tmp_path / "runs")
     shown = np.ma.filled(figure.axes[0].images[0].get_array().astype(float), np.nan)
     assert shown == pytest.approx(
         np.array([[np.nan, mean, np.nan], [0.25, np.nan, -0.5], [0.5, 1.0, np.nan]]), nan_ok=True
     )
-    assert figure.axes[-1].lines[0].get_xydata() == pytest.approx(np.array([[1, 0.4], [2, 1.4]]))
+    _, course, variation = figure.axes
+    assert course.lines[0].get_xydata() == pytest.approx(np.array([[1, 0.4], [2, 0.7]]))
+    assert variation.lines[0].get_xydata() == pytest.approx(np.array([[1, 0.4], [2, 1.4]]))
 
 
 def test_agreement_of_a_run_without_a_posterior_has_no_variation_of_sigma(
@@ -755,7 +758,7 @@ def test_agreement_of_a_run_without_a_posterior_has_no_variation_of_sigma(
     out, _ = output(capsys, "agreement", tmp_path / "run")
     assert "variation" not in out
     assert "nothing in common: 1.000" in out  # all sets of no triplets are the same
-    assert len(drawn("agreement", tmp_path / "run").axes) == 1
+    assert not drawn("agreement", tmp_path / "run").axes[-1].lines
 
 
 @pytest.mark.parametrize("target", ["absent/ranks.png", "ranks.docx", "runs"])
