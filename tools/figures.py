@@ -141,7 +141,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(found: dict[str, Agreement]) -> "plt.Figure":
-    """For each setting the last allocation's matrix, and under it the correlations' course and σ's variation."""
+    """By setting the last allocation's matrix, and under it the correlations' course and σ's variation."""
     n = len(found)
     shared = {"squeeze": False, "layout": "constrained", "height_ratios": (3.4, 2, 1.3)}
     figure, axes = plt.subplots(3, n, figsize=(0.5 + 3.8 * n, 8.5), **shared)
