@@ -133,6 +133,7 @@ def main(argv: list[str] | None = None) -> None:
                 print(f"{name} {way.how}{value}:  {numbers}  ({seconds:.2f} s)", flush=True)
     except FloatingPointError as error:
         raise UsageError(f"{error}: is --temperature too high?") from None
+    rows.sort(key=lambda row: names.index(row["split"]))
     record(args.output_dir or args.run, rows, saved)
 
 

@@ -111,7 +111,8 @@ def print_commands(out: Path, more: list[str]) -> None:
                 print(shlex.join(["python", "run_glue.py", *flags.split(), *where, *more]))
     for task in TASKS:
         for name, flags in second_part(task, settings) if (settings := chosen(out, task)) else ():
-            if not (out / name / "evaluation.json").exists():
+            there = [(out / name / file).exists() for file in ("results.json", "evaluation.json")]
+            if there == [True, False]:
                 draws = ["--eval_samples", "10"] if "--optimizer ivon" in flags else []
                 rivals = task != "stsb" and name.split("/")[1].rpartition("-s")[0] in TRIALS
                 fit = ["--fit", "holdout"] if rivals else []

@@ -1353,3 +1353,21 @@ def test_a_failure_while_the_draw_is_made_leaves_the_mean(monkeypatch: pytest.Mo
     with pytest.raises(MemoryError), opt.sampled_params(train=True):
         pass
     assert [bits(p) for p in params] == before
+
+
+def test_at_beta2_of_1_and_a_vast_ess_ivon_is_clipped_momentum_without_noise():
+    """The control "no noise": m ← m − α·clip(ḡ/(h0 + δ), ±ξ) of the gradient at m itself."""
+    torch.manual_seed(0)
+    start, target = torch.randn(50), torch.randn(50)
+    p = nn.Parameter(start.clone())
+    opt = IVON([p], 50.0, 1e30, hess_init=1e-2, beta2=1.0, weight_decay=0, clip_radius=1.0)
+    m, g = start.numpy().astype(np.float64), np.zeros(50)
+    for t in range(1, 31):
+        with opt.sampled_params(train=True):
+            ((p - target) ** 2).sum().mul(1e-2).backward()
+        opt.step()
+        g = 0.9 * g + 0.1 * 2e-2 * (m - target.numpy())
+        m = m - 0.5 * np.clip(g / (1 - 0.9**t) / 1e-2, -1, 1)
+    assert opt.sigma(p).max() < 1e-13
+    assert (opt.state[p]["h"] == 1e-2).all()
+    np.testing.assert_allclose(p.detach().numpy(), m, rtol=1e-5, atol=1e-5)

@@ -245,7 +245,7 @@ def test_a_run_evaluated_again_repeats_its_numbers_exactly(
     for row in rows:
         ending = "_mismatched" if row["split"].endswith("mismatched") else ""
         both = best["calibration" + ending]
-        scores = {k: v for k, v in row.items() if k not in ("split", "samples", "temperature")}
+        scores = {k: v for k, v in row.items() if k not in ("split", "how", "samples", "temperature")}
         assert scores == both["samples" if row["samples"] else "mean"]
         assert best[TASKS[task].metric + ending] == both["mean"][TASKS[task].metric]
 
@@ -269,9 +269,8 @@ def test_several_temperatures_are_rows_from_the_mean_on(copied: Path, tmp_path: 
     evaluate.main([*argv, "--output_dir", str(tmp_path)])
     rows = evaluations(tmp_path)
     assert [row["temperature"] for row in rows] == [0, 0, 0.5, 1, 4]
-    assert {k: v for k, v in rows[0].items() if k != "samples"} == {
-        k: v for k, v in rows[1].items() if k != "samples"
-    }
+    mean, zero = ({k: v for k, v in row.items() if k not in ("how", "samples")} for row in rows[:2])
+    assert mean == zero
     assert len({row["nll"] for row in rows}) == 4
     assert len(capsys.readouterr().out.splitlines()) == 5
     assert not (run / "evaluation.json").exists()
@@ -362,6 +361,23 @@ def test_numbers_are_cut_to_the_scale_of_stsb(tmp_path: Path):
     assert (tmp_path / "x.tsv").read_text() == "index\tprediction\n0\t0.0\n1\t2.25\n2\t5.0\n"
 
 
+def test_a_run_with_a_held_out_share_is_judged_on_it_and_later_on_validation_beside_fitted_rivals(
+    bert: Path, tmp_path: Path
+):
+    run = train(bert, tmp_path, "--holdout", "0.25")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {record["split"] for record in records if "split" in record} == {"holdout"}
+    assert json.loads((run / "config.json").read_text())["train_size"] == 18
+    evaluate.main([str(run)])
+    assert [row["split"] for row in evaluations(run)] == ["holdout"]
+    evaluate.main([str(run), "--split", "validation", "--eval_samples", "2", "--fit", "holdout"])
+    rows = [row for row in evaluations(run) if row["split"] == "validation"]
+    ways = ["mean", "tau=1", "temperature scaling", "MC dropout", "draws at the fitted τ", "pruned", "TFB"]
+    assert [row["how"] for row in rows] == ways
+    saved = load_file(run / "predictions.safetensors")
+    assert all(saved[f"validation.{way}"].shape == (12, 2) for way in ways)
+
+
 def test_a_seed_of_its_own_draws_otherwise(copied: Path):
     run, found = copied / "ivon", []
     for seed in ("2021", "2021", "5"):
@@ -425,6 +441,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 
 
 REFUSED = {
+    "a fit on a split that is not there": (["{ivon}", "--fit", "holdout"], "--fit holdout"),
     "no run": ([], "run"),
     "a negative temperature": (["{ivon}", "--eval_samples", "3", "--temperature", "-1"], "--temperature"),
     "no temperature": (["{ivon}", "--eval_samples", "3", "--temperature"], "--temperature"),

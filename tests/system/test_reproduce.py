@@ -951,3 +951,64 @@ def test_damaged_predictions_are_an_error_in_one_line(
     assert "predictions.safetensors" in err
     assert err.count("\n") == 1
     assert not (evaluations / "r.png").exists()
+
+
+# --- the study ----------------------------------------------------------------------------------------------
+
+
+def study_lines(capsys: pytest.CaptureFixture, out: Path) -> list[list[str]]:
+    lines = output(capsys, "study", out, "--", "--model", "tiny", "--data_dir", "glue")[0].splitlines()
+    return [shlex.split(line)[1:] for line in lines]
+
+
+def finish(argv: list[str], last: float) -> None:
+    folder = Path(argv[argv.index("--output_dir") + 1])
+    write_run(folder, [word for word in argv if word not in ("tiny", "--model")], last)
+
+
+def test_the_study_searches_first_and_then_runs_fresh_seeds_at_what_it_chose(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    lines = study_lines(capsys, tmp_path)
+    settings = [parsed(argv[1:]) for argv in lines]
+    assert len(settings) == 3 * 4 * 6
+    assert {(s.seed, s.holdout, s.max_steps, s.eval_every) for s in settings} == {(1, 0.1, 600, 600)}
+    cola = [argv for argv, s in zip(lines, settings, strict=True) if s.task == "cola"]
+    for i, argv in enumerate(cola):  # of each row's six trials the fourth is the best
+        finish(argv[1:], 0.5 if i % 6 == 3 else 0.1)
+    lines = study_lines(capsys, tmp_path)
+    chosen = [parsed(argv[1:]) for argv in lines if argv[argv.index("--task") + 1] == "cola"]
+    assert len(chosen) == 8 * 8 + 4 * 5 + 2 * 3
+    assert {s.seed for s in chosen} == set(range(11, 19))
+    assert {s.lr for s in chosen if s.optimizer == "adamw"} == {2e-3}
+    mu = next(s for s in chosen if s.optimizer == "ivon" and s.method == "adalora")
+    held, noiseless = (
+        next(s for s in chosen if f"adalora-ivon-{name}" in str(s.output_dir))
+        for name in ("held", "noiseless")
+    )
+    assert (held.beta2, held.ess, held.lr) == (1, mu.ess, mu.lr)
+    assert (noiseless.beta2, noiseless.ess, noiseless.lr) == (1, 1e30, mu.lr)
+    finish(next(argv for argv in lines if "lora-ivon-s11" in " ".join(argv))[1:], 0.4)
+    evaluations = [argv for argv in study_lines(capsys, tmp_path) if argv[0] == "-m"]
+    what = ["--split", "validation", "--eval_samples", "10", "--fit", "holdout"]
+    assert evaluations == [["-m", "tools.evaluate", str(tmp_path / "cola/lora-ivon-s11"), *what]]
+    out, _ = output(capsys, "report", tmp_path)
+    assert out.count("(chosen)") == 4
+    assert "| adalora-adamw | `--lr 2e-3` (chosen) | 50.00 |" in out
+
+
+def test_compare_prints_paired_differences_over_the_evaluated_seeds(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    for row, nll in (("lora", 0.5), ("adalora", 0.4)):
+        for seed, shift in ((1, 0.0), (2, 0.03), (3, 0.01)):
+            folder = tmp_path / f"cola/{row}-s{seed}"
+            write_run(folder, ["--task", "cola", *SMALL, "--seed", str(seed)], 0.5)
+            evaluate(folder, {(0, 0.0): nll + shift * (2 if row == "lora" else 1)})
+    out, _ = output(capsys, "compare", tmp_path, "--rows", "adalora", "lora")
+    (line,) = [line for line in out.splitlines() if "| nll |" in line]
+    d = np.array([-0.1, -0.13, -0.11])
+    assert f"{d.mean():+.4f} [" in line
+    assert "| 3 |" in line
+    _, err = output(capsys, "compare", tmp_path, "--rows", "adalora", "full", status=2)
+    assert "no row full; there are adalora, lora" in err

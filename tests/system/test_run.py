@@ -585,3 +585,21 @@ def test_a_real_encoder_trains_and_is_evaluated_on_real_data(task: str, tmp_path
     assert len(results["ranks"]) == 6 * 6
     assert all(math.isfinite(record["loss"]) for record in records if "loss" in record)
     assert results["last"]["step"] == 4
+
+
+def test_evaluations_record_what_ivon_is_doing(bert: Path, glue_folder: Path, tmp_path: Path):
+    def of(folder: str, *more: str) -> list[dict]:
+        assert run(command(bert, glue_folder, tmp_path / folder, *more)) == 0
+        lines = (tmp_path / folder / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if "split" in record]
+
+    for record in of("ivon"):
+        found = record["optimizer"]
+        assert 0 <= found["clipped"] <= found["mean_step"] <= 1
+        assert found["h_05"] <= found["h_50"] <= found["h_95"]
+        assert found["sigma"] > 0
+        assert found["law"] > 0
+    held = of("held", "--beta2", "1")[-1]["optimizer"]
+    assert (held["h_05"], held["h_95"], held["law"]) == (1, 1, 0)
+    assert held["sigma_cv"] < 1e-6
+    assert all("optimizer" not in record for record in of("adamw", "--optimizer", "adamw", "--score", "mu"))
