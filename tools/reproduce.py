@@ -8,7 +8,7 @@
     python -m tools.reproduce report runs                          # its trials and comparisons
     python -m tools.reproduce compare runs --rows A B C            # A against B and C, seed by seed
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
-    python -m tools.reproduce curves runs -o curves.png            # score and budget against the step
+    python -m tools.reproduce curves runs -o curves.png            # score (or --of clipped) and budget by step
     python -m tools.reproduce agreement runs -o agreement.png      # of runs with --track_scores
     python -m tools.reproduce calibration runs -o reliability.png  # of runs that tools.evaluate has evaluated
     python -m tools.reproduce temperature runs -o temperature.png  # … at several --temperature: [V] figure 1
@@ -56,6 +56,7 @@ BATCH = ["batch_size", "grad_accum", "processes"]
 # Length, batches, and checksums of data and frozen weights.
 SHAPES = {f.name: f.default for f in fields(Settings) if f.metadata["role"] == SHAPE}
 SHAPES |= {"data": None, "encoder": None}
+DIAGNOSTICS = ("clipped", "mean_step", "law", "h_05", "h_50", "h_95", "sigma", "sigma_cv")  # ivon.py
 GROUP = ["model", "row", "task"]  # the same for runs that differ in the seed alone
 
 
@@ -276,9 +277,10 @@ def print_ranks(args: Namespace) -> None:
 
 def draw_curves(args: Namespace) -> None:
     def journal(run: FinishedRun) -> pd.DataFrame:
-        task, lines = TASKS[run.config["task"]], read_lines(run, "metrics.jsonl")
+        task, lines = task_of(Settings.from_config(run.config)), read_lines(run, "metrics.jsonl")
         lines = lines[lines["split"].isna() | (lines["split"] == task.validation[0])]
-        lines = lines.assign(score=lines[task.metric].astype(float))[["step", "score", "budget"]]
+        column = f"optimizer.{args.of}" if args.of else task.metric
+        lines = lines.assign(score=lines[column].astype(float))[["step", "score", "budget"]]
         if lines["score"].isna().all() or lines["budget"].astype(float).isna().all():
             raise UsageError("metrics.jsonl has no evaluation, or nothing else")
         return lines
@@ -291,7 +293,7 @@ def draw_curves(args: Namespace) -> None:
     curves = {}
     for name, lines in read_found(args, journal).items():
         task = TASKS[lines["task"].iloc[0]]
-        place = lines["row"].iloc[0], task.folder, task.metric.replace("_", " ")
+        place = lines["row"].iloc[0], task.folder, (args.of or task.metric).replace("_", " ")
         curves[name] = figures.Curve(*place, over_seeds(lines, "score"), over_seeds(lines, "budget"))
     figures.save(figures.curves(curves), args.o or Path("curves.png"))
 
@@ -468,6 +470,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
         verb.add_argument("--name", nargs="+", action="append", default=[], **naming)
         if name != "table":
             verb.add_argument("-o", type=picture, metavar="PICTURE", help="a file: .png, .pdf, .svg")
+        if name == "curves":
+            verb.add_argument("--of", choices=DIAGNOSTICS, help="what IVON was doing, instead of the score")
         verb.set_defaults(do=do)
     args = parser.parse_args(argv)
     for label, *pairs in getattr(args, "name", ()):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import write_glue
 from safetensors.torch import save_file
 
 import run_glue
@@ -649,6 +650,18 @@ def test_the_curves_are_the_mean_over_seeds_with_their_range_and_the_budget_unde
     assert budget.lines[0].get_xydata().tolist() == [[1, 11], [2, 10], [3, 9], [4, 8]]
     low, high = score.collections[0].get_paths()[0].vertices[:, 1].min(), 0.6
     assert (low, score.collections[0].get_paths()[0].vertices[:, 1].max()) == pytest.approx((0.2, high))
+
+
+def test_curves_can_be_of_what_ivon_was_doing(bert: Path, tmp_path: Path, drawn):
+    data = ["--data_dir", str(write_glue(tmp_path / "glue", "cola")), "--model", str(bert)]
+    shape = ["--max_steps", "8", "--eval_every", "4", "--max_length", "16", "--batch_size", "8"]
+    run_glue.main(["--task", "cola", *data, *shape, "--output_dir", str(tmp_path / "run")])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    found = [line["optimizer"] for line in lines if "optimizer" in line]
+    assert set(found[0]) == set(reproduce.DIAGNOSTICS)
+    for name in ("clipped", "sigma"):
+        score, _ = drawn("curves", tmp_path / "run", "--of", name).axes
+        assert score.lines[0].get_ydata().tolist() == [values[name] for values in found]
 
 
 def test_a_demo_run_is_never_averaged_with_another(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -426,7 +426,7 @@ def test_a_run_killed_while_it_replaces_another_one_resumes_to_the_same_end(
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_the_one_that_was_not(tmp_path: Path):
     """`KILLS=20 python -m pytest -s -m slow -k killed_at_random tests/system/test_resume.py`: at length."""
-    argv = [sys.executable, str(HERE / "run_glue.py"), "--demo", "--max_steps", "120", "--eval_every", "30"]
+    argv = [sys.executable, str(HERE / "run_glue.py"), "--demo", "--max_steps", "60", "--eval_every", "20"]
     argv += [
         "--checkpoint_every",
         "10",
