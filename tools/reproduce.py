@@ -8,7 +8,7 @@
     python -m tools.reproduce report runs                          # its trials and comparisons
     python -m tools.reproduce compare runs --rows A B C            # A against B and C, seed by seed
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
-    python -m tools.reproduce curves runs -o curves.png            # score (or --of clipped) and budget by step
+    python -m tools.reproduce curves runs -o curves.png            # score (or --of clipped), budget
     python -m tools.reproduce agreement runs -o agreement.png      # of runs with --track_scores
     python -m tools.reproduce calibration runs -o reliability.png  # of runs that tools.evaluate has evaluated
     python -m tools.reproduce temperature runs -o temperature.png  # … at several --temperature: [V] figure 1
