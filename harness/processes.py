@@ -8,13 +8,11 @@ torchrun ends the others.
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-
-T = TypeVar("T")
 
 
 def rank() -> int:
@@ -52,7 +50,7 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
-def from_all(mine: T) -> list[T]:
+def from_all(mine: Any) -> list:
     """What each process has, by rank, in all of them."""
     everything = [mine] * count()
     if count() > 1:
@@ -60,7 +58,7 @@ def from_all(mine: T) -> list[T]:
     return everything
 
 
-def own_share(items: T) -> T:
+def own_share(items: Any) -> Any:
     """This process's share of a tensor or list that all have; it may be empty."""
     return items[rank() :: count()]
 

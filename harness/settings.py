@@ -35,31 +35,23 @@ NUMERICS = "numerics"  # decides rounding, or what is recorded: not in the table
 NOTHING = "nothing"  # has no influence (folders: weights and data are known by their checksums)
 
 
-def number(least: float = -math.inf, *, above: float = -math.inf, most: float = FLOAT32_MAX) -> Callable:
+def number(
+    least: float = -FLOAT32_MAX, *, above: float = -math.inf, most: float = FLOAT32_MAX, kind: type = float
+) -> Callable:
     """A parser: a number in [least, most] and above `above`."""
 
     def parse(text: str) -> float:
-        value = float(text)
-        if not (-FLOAT32_MAX <= value <= most and least <= value and value > above):
-            bounds = [f"{least:g} or more"] * (least > -math.inf) + [f"above {above:g}"] * (above > -math.inf)
-            raise argparse.ArgumentTypeError(f"{text} is not {' and '.join([*bounds, f'at most {most:g}'])}")
+        value = kind(text)
+        if not (least <= value <= most and value > above):
+            low = f"above {above:g}" if above >= least else f"at least {least:g}"
+            raise argparse.ArgumentTypeError(f"{text} is not {low} and at most {most:g}")
         return value
 
-    parse.__name__ = "number"
+    parse.__name__ = "whole number" if kind is int else "number"
     return parse
 
 
-def whole(least: int) -> Callable:
-    """A parser: a whole number from `least`."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number of {least} or more")
-        return value
-
-    parse.__name__ = "whole number"
-    return parse
+whole = partial(number, most=2**63 - 1, kind=int)
 
 
 def setting(group: str | None, default: Any, role: str, parse=None, about="", only=(), **options):

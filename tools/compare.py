@@ -1,7 +1,8 @@
 """Rows of finished runs against each other: paired differences over seeds, and the word that they allow.
 
-A row is the name of its runs' folders without task and seed: "lora-ivon" for `…/cola/lora-ivon-s11`.
-"ROW:HOW" is one of the ways to predict that tools.evaluate has recorded; "mean" where it is not said.
+A row is a folder of runs and the name that they share without task and seed: "results/study/lora-ivon" for
+`results/study/cola/lora-ivon-s11` and so on. "…:HOW" is one of the ways to predict that tools.evaluate has
+recorded; "mean" where it is not said.
 """
 
 import re
@@ -83,11 +84,13 @@ def compared(measures: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
     return table
 
 
-def print_compare(folders: list[Path], rows: list[str], split: str) -> None:
+def print_compare(rows: list[str], split: str) -> None:
     """The comparison as Markdown; score and ECE in points."""
+    folders = list(dict.fromkeys(Path(row).parent for row in rows))
+    measures = read_measures(folders, split)
     print("| row | against | measure | task | difference [95%] | n | p | Holm's p | so it is |")
     print("| --- " * 9 + "|")
-    for line in compared(read_measures(folders, split), rows).itertuples():
+    for line in compared(measures, [Path(row).name for row in rows]).itertuples():
         digits = 2 if MEASURES[line.measure] == 100 else 4
         interval = f"{line.difference:+.{digits}f} [{line.low:+.{digits}f}, {line.high:+.{digits}f}]"
         what = f"{line.row} | {line.against} | {line.measure} | {line.task} | {interval}"

@@ -6,8 +6,8 @@
     python -m tools.evaluate runs/RUN --split validation --fit holdout           # beside tools/calibrate.py's
     python -m tools.evaluate runs/RUN --predict CoLA.tsv                         # for the test split
 
-Writes evaluation.json and predictions.safetensors into the run's folder or --output_dir, keeping what they
-hold of other splits; with --predict, that file alone.
+Writes evaluation.json and predictions.safetensors into the run's folder, keeping what they hold of other
+splits; with --predict, that file alone.
 """
 
 import itertools
@@ -48,7 +48,6 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--data_dir", type=Path, help="a folder in GLUE's own layout")
     parser.add_argument("--eval_batch_size", type=whole(1))
     parser.add_argument("--device", help="cpu, cuda, … (cuda if there is one)")
-    parser.add_argument("--output_dir", type=Path, help="where to write (the run's folder)")
     return parser.parse_args(argv)
 
 
@@ -62,14 +61,9 @@ def check(args: Namespace, task: Task) -> list[str]:
         raise UsageError("--predict is for one --temperature, and not for --fit")
     if args.fit and not task.labels:
         raise UsageError(f"--fit is for classes; {task.name} is a regression")
-    if args.predict and args.output_dir:
-        raise UsageError("--predict FILE says where to write: leave --output_dir out")
     if args.predict and not args.predict.absolute().parent.is_dir():
         raise UsageError(f"--predict {args.predict}: there is no folder {args.predict.parent}")
-    folder = args.output_dir or args.run
-    if folder.resolve() != args.run.resolve() and (folder / "config.json").exists():
-        raise UsageError(f"--output_dir {folder} is another run's: give a folder of its own")
-    for path in [args.predict] if args.predict else [folder / name for name in EVALUATION]:
+    for path in [args.predict] if args.predict else [args.run / name for name in EVALUATION]:
         files.check_writable(path, path)
     tests = [split for split in task.splits if split.startswith("test")]
     names = [args.split] if args.split is not None else tests[:1] if args.predict else list(task.validation)
@@ -134,12 +128,11 @@ def main(argv: list[str] | None = None) -> None:
     except FloatingPointError as error:
         raise UsageError(f"{error}: is --temperature too high?") from None
     rows.sort(key=lambda row: names.index(row["split"]))
-    record(args.output_dir or args.run, rows, saved)
+    record(args.run, rows, saved)
 
 
 def record(folder: Path, rows: list[dict], predictions: dict[str, Tensor]) -> None:
     """evaluation.json and predictions.safetensors; what they hold of other splits stays."""
-    folder.mkdir(parents=True, exist_ok=True)
     evaluation, tensors = (folder / name for name in EVALUATION)
     now = {row["split"] for row in rows}
     with files.locked(folder):

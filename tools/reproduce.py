@@ -6,7 +6,7 @@
     python -m tools.reproduce study runs -- --model MODEL          # results/study.md: what is not finished
     python -m tools.reproduce table runs                           # Table I as Markdown
     python -m tools.reproduce report runs                          # its trials and comparisons
-    python -m tools.reproduce compare runs --rows A B C            # A against B and C, seed by seed
+    python -m tools.reproduce compare runs/A runs/B runs/C         # A against B and C, seed by seed
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
     python -m tools.reproduce curves runs -o curves.png            # score (or --of clipped), budget
     python -m tools.reproduce agreement runs -o agreement.png      # of runs with --track_scores
@@ -455,14 +455,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
     report.add_argument("out", type=Path, help="where its runs are")
     report.set_defaults(do=lambda args: study.print_report(args.out))
     comparison = verbs.add_parser("compare", help=compare.__doc__.split("\n")[0])
-    comparison.add_argument("runs", nargs="+", type=Path, help="folders of runs")
-    comparison.add_argument(
-        "--rows", nargs="+", required=True, metavar="ROW", help="the first against the others"
-    )
-    comparison.add_argument(
-        "--split", default="validation", help="that tools.evaluate has evaluated (validation)"
-    )
-    comparison.set_defaults(do=lambda args: compare.print_compare(args.runs, args.rows, args.split))
+    comparison.add_argument("rows", nargs="+", metavar="ROW", help="the first against the others")
+    comparison.add_argument("--split", default="validation", help="as tools.evaluate had it (validation)")
+    comparison.set_defaults(do=lambda args: compare.print_compare(args.rows, args.split))
     naming = {"metavar": ("LABEL", "KEY=VALUE"), "help": "name a group of settings (* is any value)"}
     for name, (do, about) in VERBS.items():
         verb = verbs.add_parser(name, help=about)

@@ -134,6 +134,6 @@ def print_report(out: Path) -> None:
     for title, rows in CLAIMS.items():
         print(f"\n### {title}\n")
         try:
-            print_compare([out], rows, "validation")
+            print_compare([str(out / row) for row in rows], "validation")
         except UsageError as error:
             print(f"Not finished: {error}.")

@@ -1018,10 +1018,10 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
             folder = tmp_path / f"cola/{row}-s{seed}"
             write_run(folder, ["--task", "cola", *SMALL, "--seed", str(seed)], 0.5)
             evaluate(folder, {(0, 0.0): nll + shift * (2 if row == "lora" else 1)})
-    out, _ = output(capsys, "compare", tmp_path, "--rows", "adalora", "lora")
+    out, _ = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora")
     (line,) = [line for line in out.splitlines() if "| nll |" in line]
     d = np.array([-0.1, -0.13, -0.11])
     assert f"{d.mean():+.4f} [" in line
     assert "| 3 |" in line
-    _, err = output(capsys, "compare", tmp_path, "--rows", "adalora", "full", status=2)
+    _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "full", status=2)
     assert "no row full; there are adalora, lora" in err
