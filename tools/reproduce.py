@@ -372,10 +372,11 @@ def print_calibration_table(found: Mapping[str, pd.DataFrame]) -> None:
     print("|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |\n" + "| --- " * 8 + "|")
     for frame in found.values():
         for (task, row, how), rows in frame.groupby(["task", "row", "how"], sort=False):
-            scores = {TASKS[task].metric: (100, 2), "accuracy": (100, 2), "nll": (1, 4), "ece": (100, 2)}
+            measures = [(TASKS[task].metric, 100, 2), ("accuracy", 100, 2)]
+            measures += [("nll", 1, 4), ("ece", 100, 2), ("brier", 1, 4)]
             cells = [
-                mean_text(scale * rows.get(metric, pd.Series(dtype=float)), digits)
-                for metric, (scale, digits) in (scores | {"brier": (1, 4)}).items()
+                mean_text(scale * rows.get(name, pd.Series(dtype=float)), digits)
+                for name, scale, digits in measures
             ]
             print(f"| {TASKS[task].folder}, {row} | {how} | {len(rows)} | {' | '.join(cells)} |")
 

@@ -863,6 +863,13 @@ def test_the_calibration_table_has_means_and_deviations_of_mean_and_draws(
     ]
 
 
+def test_a_task_judged_by_accuracy_has_it_as_its_score_too(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = write_run(tmp_path / "run", ["--task", "sst2", *SMALL], 0.5)
+    evaluate(folder, {(0, 0.0): 0.5})
+    (line,) = output(capsys, "calibration", tmp_path)[0].splitlines()[2:]
+    assert line.split(" | ")[2:] == ["1", "75.00", "75.00", "0.5000", "10.00", "0.4000 |"]
+
+
 def test_the_reliability_diagram_has_the_bins_of_all_seeds_together(evaluations: Path, drawn):
     p = np.array([[0.35, 0.65], [0.05, 0.95], [0.3, 0.7], [0.0, 1.0]])
     counts, confidence, accuracy = reliability(p, np.array([1, 0, 0, 1]))
