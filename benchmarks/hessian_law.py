@@ -111,11 +111,12 @@ def main() -> None:
         order = stats.spearmanr(h, predicted).statistic
         print(f"{name}\n  median of h/prediction {ratio:.3f}, Spearman of h and prediction {order:.3f}")
         print(f"  Spearman with |μ|·rms(ĝ): {text}")
-        axis.hexbin(predicted, h, xscale="log", yscale="log", gridsize=60, bins="log", mincnt=1)
-        ends = [min(h.min(), predicted.min()), max(h.max(), predicted.max())]
+        ends = [min(h.min(), predicted.min()) / 2, max(h.max(), predicted.max()) * 2]
+        how = {"xscale": "log", "yscale": "log", "gridsize": 60, "bins": "log", "mincnt": 1}
+        axis.hexbin(predicted, h, extent=2 * tuple(np.log10(ends)), **how)
         axis.plot(ends, ends, color="grey", linewidth=0.8)
-        axis.set(xlabel="what gradient noise makes of h", ylabel="h")
-        about = f"{name}\nmedian of h over prediction {ratio:.2f}\nSpearman with |μ|·rms(ĝ): {text}"
+        axis.set(xlabel="what gradient noise makes of h", ylabel="h", xlim=ends, ylim=ends)
+        about = f"{name}\nmedian of h over prediction {ratio:.2f}\nSpearman with |μ|·rms(ĝ):\n{text}"
         axis.set_title(about, fontsize=7)
     figures.save(figure, Path(args.o))
 

@@ -54,7 +54,8 @@ CLAIMS = {  # the first row against each of the others
     "Which score, at rank 0.25": ["rank-0.25-mu", *(f"rank-0.25-{s}" for s in SPARSE if s != "mu")],
     "Ten draws against what costs nothing": [
         f"{IVON}:tau=1",
-        *(f"{IVON}:{how}" for how in ("mean", "temperature scaling", "MC dropout", "TFB", "pruned")),
+        *(f"{IVON}:{how}" for how in ("mean", "draws at the fitted τ", "temperature scaling")),
+        *(f"{IVON}:{how}" for how in ("MC dropout", "TFB", "pruned")),
         f"{ADALORA}:mean",
         f"{ADALORA}:temperature scaling",
         f"{ADALORA}:TFB",
