@@ -86,11 +86,13 @@ def compared(measures: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
 
 def print_compare(rows: list[str], split: str) -> None:
     """The comparison as Markdown; score and ECE in points."""
+    if len(rows) < 2:
+        raise UsageError("give two rows or more: the first is compared with the others")
     folders = list(dict.fromkeys(Path(row).parent for row in rows))
-    measures = read_measures(folders, split)
+    table = compared(read_measures(folders, split), [Path(row).name for row in rows])
     print("| row | against | measure | task | difference [95%] | n | p | Holm's p | so it is |")
     print("| --- " * 9 + "|")
-    for line in compared(measures, [Path(row).name for row in rows]).itertuples():
+    for line in table.itertuples():
         digits = 2 if MEASURES[line.measure] == 100 else 4
         interval = f"{line.difference:+.{digits}f} [{line.low:+.{digits}f}, {line.high:+.{digits}f}]"
         what = f"{line.row} | {line.against} | {line.measure} | {line.task} | {interval}"

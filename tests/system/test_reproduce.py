@@ -1032,3 +1032,6 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
     assert "| 3 |" in line
     _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "full", status=2)
     assert "no row full; there are adalora, lora" in err
+    out, err = output(capsys, "compare", tmp_path / "adalora", status=2)
+    assert "two rows" in err
+    assert out == ""
