@@ -14,7 +14,7 @@ synchronises with the device.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from math import inf, sqrt
 
@@ -259,13 +259,25 @@ class IVON(torch.optim.Optimizer):
         for flat in self._flats.values():
             flat.blocks = 0
 
-    @torch.no_grad()
     def sigma(self, param: Tensor) -> Tensor:
-        """The posterior standard deviation σ of a parameter, in its shape. ValueError if it is not ours."""
+        """The posterior standard deviation σ of one parameter, in its shape. ValueError if it is not ours."""
+        return self.sigmas([param])[0]
+
+    @torch.no_grad()
+    def sigmas(self, params: Collection[Tensor]) -> list[Tensor]:
+        """`sigma` of many parameters, in few operations. Plain form: `posterior_sigma`, one by one."""
+        asked, found = set(params), {}
         for group in self.param_groups:
-            if any(param is p for p in group["params"]):
-                return posterior_sigma(self._state(param, group)["h"], group["ess"], group["weight_decay"])
-        raise ValueError("sigma was asked for a tensor that is not a parameter of this optimizer")
+            if own := [p for p in group["params"] if p in asked]:
+                precision = torch._foreach_add(
+                    [self._state(p, group)["h"] for p in own], group["weight_decay"]
+                )
+                torch._foreach_mul_(precision, group["ess"])
+                torch._foreach_rsqrt_(precision)  # σ = 1/√(ess·(h + δ))
+                found.update(zip(own, precision, strict=True))
+        if len(found) < len(asked):
+            raise ValueError("sigma was asked for a tensor that is not a parameter of this optimizer")
+        return [found[p] for p in params]
 
     @torch.no_grad()
     def diagnostics(self) -> dict[str, float]:

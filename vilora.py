@@ -27,7 +27,10 @@ PARTS = ("P", "lam", "Q")
 
 
 class Posterior(Protocol):
-    """What makes a torch optimizer one with a posterior N(μ, σ²) over its parameters."""
+    """What makes a torch optimizer one with a posterior N(μ, σ²) over its parameters.
+
+    If it has `sigmas(params)`, a list of σ in few operations, that is called instead of `sigma` one by one.
+    """
 
     def sigma(self, param: Tensor) -> Tensor:
         """σ of a parameter, in its shape, without a graph."""
@@ -118,7 +121,7 @@ class RankAllocator:
             return SCORES[name].elementwise(*_stacked(layers, part, grad=True))
         (theta,) = _stacked(layers, part)
         if needs == "sigma":
-            sigma = [self.optimizer.sigma(getattr(layer, part)) for layer in layers]
+            sigma = sigmas(self.optimizer, [getattr(layer, part) for layer in layers])
             return SCORES[name].elementwise(theta, torch.stack(sigma))
         return SCORES[name].elementwise(theta, self.ema.score(key) if needs == "smoothed" else None)
 
@@ -127,7 +130,7 @@ class RankAllocator:
         if not hasattr(self.optimizer, "sigma") or not any(layer.rank for layer in self.layers.values()):
             return None
         parts = [getattr(layer, part) for part in PARTS for layer in self.layers.values()]
-        sigma = torch.cat([self.optimizer.sigma(p).flatten() for p in parts])
+        sigma = torch.cat([x.flatten() for x in sigmas(self.optimizer, parts)])
         return sigma.std(correction=0) / sigma.mean()
 
     def _by_shape(self) -> dict[tuple[int, int, int], list[SVDLinear]]:
@@ -149,6 +152,11 @@ class RankAllocator:
         ema = {name: {key: x.to(device) for key, x in of.items()} for name, of in state["ema"].items()}
         self.ema.load_state_dict(ema)
         self.kept = {name: kept.to(device) for name, kept in state["kept"].items()}
+
+
+def sigmas(optimizer: Posterior, params: list[Tensor]) -> list[Tensor]:
+    together = getattr(optimizer, "sigmas", None)
+    return together(params) if together else [optimizer.sigma(p) for p in params]
 
 
 class FixedRanks:

@@ -50,8 +50,11 @@ def write_json(path: Path, content: dict) -> None:
 def read_json(path: Path) -> dict:
     """An object of a JSON file. Raises UsageError."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it is not an object")
+        return content
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
 
 

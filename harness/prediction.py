@@ -106,4 +106,6 @@ def sigma_by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     """σ of everything that is trained; {} for an optimizer that has no posterior."""
     if not hasattr(optimizer, "sigma"):
         return {}
-    return {name: optimizer.sigma(p) for name, p in model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    together = getattr(optimizer, "sigmas", lambda params: [optimizer.sigma(p) for p in params])
+    return dict(zip(trained, together(list(trained.values())), strict=True))

@@ -285,7 +285,8 @@ def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
         if now != then and name in own:
             raise UsageError(f"{own[name]} than the run in {folder} had")
         if now != then:
-            flag = f"--{name}" if compared[name] else name
+            derived = {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
+            flag = f"--{name}" if compared[name] else derived.get(name, name)
             raise UsageError(f"{flag} is {now}, but was {then} for the run in {folder}: give the same")
 
 

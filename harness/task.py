@@ -70,7 +70,7 @@ def hold_out(task: Task, share: float, seed: int) -> Task:
         own = {"train" if name == "holdout" else name for name in splits or ()}
         data = task.load(data_dir, [name for name in task.splits if name in own] if splits else None)
         if "train" in data:
-            held = held_out(np.asarray(data["train"]["label"]), share, seed)
+            held = held_out_mask(np.asarray(data["train"]["label"]), share, seed)
             train = data["train"]
             data |= {"train": train.select((~held).nonzero()[0]), "holdout": train.select(held.nonzero()[0])}
         return {name: data[name] for name in splits or data}
@@ -79,7 +79,7 @@ def hold_out(task: Task, share: float, seed: int) -> Task:
     return replace(task, train_size=task.train_size - int(task.train_size * share + 1e-9), **others)
 
 
-def held_out(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
+def held_out_mask(labels: np.ndarray, share: float, seed: int) -> np.ndarray:
     """A bool mask (n,): evenly spread over the examples in order of their labels, random among equals."""
     random = np.random.default_rng(seed).permutation(len(labels))
     order = random[labels[random].argsort(kind="stable")]

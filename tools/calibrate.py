@@ -46,23 +46,22 @@ def fitted(
     yield Predictor("MC dropout", samples, 0.0, lambda of: dropout_average(model, of, samples, seed))
     if sigma:
         at = {tau: predict_from_draws(model, split, sigma, samples, tau, seed) for tau in TAUS}
-        tau = min(TAUS, key=lambda tau: nll(at[tau], split))
+        tau = min(TAUS, key=lambda tau: nll(at[tau], split.labels))
         draws = partial(predict_from_draws, model, sigma=sigma, samples=samples, temperature=tau, seed=seed)
         yield Predictor("draws at the fitted τ", samples, tau, draws)
         own = {name: x for name, x in sigma.items() if name.rpartition(".")[0] in layers}
         at = {share: predict_pruned(model, split, own, share) for share in (0.0, *SHARES)}
-        share = min(at, key=lambda share: nll(at[share], split))
+        share = min(at, key=lambda share: nll(at[share], split.labels))
         yield Predictor("pruned", 0, share, lambda of: predict_pruned(model, of, own, share))
     if layers:
         unit = training_free(layers)
-        q = fit_training_free(model, split, unit, TFB_TOLERANCE * nll(mean, split), samples, seed)
-        free = {name: q * x for name, x in unit.items()}
-        draws = partial(predict_from_draws, model, sigma=free, samples=samples, temperature=1.0, seed=seed)
+        q = fit_training_free(model, split, unit, TFB_TOLERANCE * nll(mean, split.labels), samples, seed)
+        draws = partial(predict_from_draws, model, sigma=unit, samples=samples, temperature=q**2, seed=seed)
         yield Predictor("TFB", samples, q, draws)
 
 
-def nll(probabilities: Tensor, split: Split) -> float:
-    return calibration(probabilities.numpy(), split.labels.numpy())["nll"]
+def nll(probabilities: Tensor, labels: Tensor) -> float:
+    return calibration(probabilities.numpy(), labels.numpy())["nll"]
 
 
 def scaled(probabilities: Tensor, T: float) -> Tensor:
@@ -74,7 +73,7 @@ def fit_scaling(probabilities: Tensor, labels: Tensor) -> float:
     """The temperature T in [1/20, 20] with the least NLL. Source: [G] section 4.2."""
 
     def loss(log_T: float) -> float:
-        return calibration(scaled(probabilities, math.exp(log_T)).numpy(), labels.numpy())["nll"]
+        return nll(scaled(probabilities, math.exp(log_T)), labels)
 
     return math.exp(minimize_scalar(loss, bounds=(-math.log(20), math.log(20)), method="bounded").x)
 
@@ -116,8 +115,8 @@ def fit_training_free(
     low, high = TFB_RANGE
     for _ in range(TFB_BISECTIONS):
         middle = (low + high) / 2
-        sigma = {name: middle * x for name, x in unit.items()}
-        fine = nll(predict_from_draws(model, split, sigma, samples, 1.0, seed), split) <= most
+        draws = predict_from_draws(model, split, unit, samples, middle**2, seed)  # σ = σ_q·unit
+        fine = nll(draws, split.labels) <= most
         low, high = (middle, high) if fine else (low, middle)
     return low
 
@@ -146,7 +145,7 @@ def pruned(model: nn.Module, sigma: Mapping[str, Tensor], share: float) -> Itera
             p.copy_(before[name])
 
 
-def first(split: Split, n: int) -> Split:
+def thinned(split: Split, n: int) -> Split:
     """About n examples of a split, of all lengths: every k-th batch of it."""
     k = max(1, round(len(split.labels) / n))
     where = split.position.argsort().split([len(next(iter(batch.values()))) for batch in split.batches])

@@ -29,7 +29,7 @@ from harness.prediction import judge, predict, predict_from_draws
 from harness.run_folder import EVALUATION, POSTERIOR
 from harness.settings import Parser, check_device, exit_status, number, task_of, whole
 from harness.task import Task, UsageError
-from tools.calibrate import FITTED, Predictor, first, fitted
+from tools.calibrate import FITTED, Predictor, fitted, thinned
 from tools.finished import evaluation_settings, load_model, read_run
 
 FIT_ON = 400  # examples, about
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
             if (splits[name].labels < 0).any():
                 raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
         if args.fit:
-            seen = first(splits[args.fit], FIT_ON)
+            seen = thinned(splits[args.fit], FIT_ON)
             ways = itertools.chain(ways, fitted(model, layers, sigma, seen, args.eval_samples or 10, s.seed))
         rows, saved = [], {f"{name}.labels": splits[name].labels for name in names}
         where = {"model": s.model, "data_dir": s.data_dir and str(s.data_dir), "seed": s.seed}

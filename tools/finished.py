@@ -40,9 +40,9 @@ def read_run(folder: Path) -> FinishedRun:
     config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
     try:
         settings = Settings.from_config(config)
-        settled = ("task", "seed", "model", "batch_size", "total_steps", "max_length", "eval_every")
+        settled = ("task", "model", "batch_size", "total_steps", "max_length", "eval_every")
         wrong = [f.name for f in fields(Settings) if not can_be(config.get(f.name, f.default), f)]
-        wrong += [name for name in settled if (not config[name] and name != "seed") or config[name] is None]
+        wrong += [name for name in settled if not config[name]]
         wrong += [name for name in IN_RESULTS if config[name] != results[name]]
         wrong += [] if math.isfinite(results["best"][results["metric"]]) else ["best"]
         wrong += [name for name, rank in results["ranks"].items() if type(rank) is not int]

@@ -466,6 +466,18 @@ def test_sigma_alone_is_enough_for_every_score_that_needs_it():
             np.testing.assert_allclose(scores_now(run, score), scores_by_loop(run, score), rtol=1e-5)
 
 
+def test_where_sigmas_of_many_are_there_they_are_used():
+    class Together(FixedSigma):
+        def sigmas(self, params: list[Tensor]) -> list[Tensor]:
+            return [torch.full_like(p, 0.5) for p in params]
+
+    run = run_with_fixed_sigma("mu")
+    run.update(1)
+    run.allocator.optimizer = Together(run.params, lr=0.01)
+    got = run.allocator.scores(["mu", "snr"])
+    torch.testing.assert_close(got["snr"], 2 * got["mu"])
+
+
 # --- what is refused ----------------------------------------------------------------------------------------
 
 

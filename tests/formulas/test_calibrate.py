@@ -78,14 +78,14 @@ def test_tfbs_deviation_is_the_largest_whose_nll_is_allowed():
     model, layers, split = adapted("svd")
     split = split._replace(labels=predict(model, split).argmax(-1))  # so that noise is a loss
     unit = calibrate.training_free(layers)
-    most = 1.01 * calibrate.nll(predict(model, split), split)
+    most = 1.01 * calibrate.nll(predict(model, split), split.labels)
     q = calibrate.fit_training_free(model, split, unit, most, samples=20, seed=0)
     low, high = calibrate.TFB_RANGE
     width = (high - low) / 2**calibrate.TFB_BISECTIONS
 
     def at(q: float) -> float:
         sigma = {name: q * x for name, x in unit.items()}
-        return calibrate.nll(calibrate.predict_from_draws(model, split, sigma, 20, 1.0, 0), split)
+        return calibrate.nll(calibrate.predict_from_draws(model, split, sigma, 20, 1.0, 0), split.labels)
 
     assert low < q < high - 2 * width
     assert at(q) <= most < at(q + width)
@@ -123,7 +123,7 @@ def test_every_rival_is_fitted_on_one_split_and_predicts_another():
         "temperature scaling", "MC dropout", "draws at the fitted τ", "pruned", "TFB"
     ]  # fmt: skip
     assert calibration(found["temperature scaling"].numpy(), split.labels.numpy())["nll"] <= calibrate.nll(
-        predict(model, split), split
+        predict(model, split), split.labels
     )
 
 
@@ -132,7 +132,7 @@ def test_a_share_of_the_batches_keeps_their_examples_and_labels_together():
     batches = [{"x": x[i : i + 2]} for i in range(0, 12, 2)]
     position = torch.randperm(12, generator=torch.Generator().manual_seed(0))
     labels = x[position].long()  # example i is at place position[i] of the batches
-    part = calibrate.first(Split(batches, position, labels), 4)
+    part = calibrate.thinned(Split(batches, position, labels), 4)
     assert (
         torch.cat([batch["x"] for batch in part.batches])[part.position].long().tolist()
         == part.labels.tolist()

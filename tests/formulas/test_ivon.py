@@ -988,6 +988,15 @@ def test_sigma_before_any_step_is_that_of_the_initial_hessian():
     torch.testing.assert_close(opt.sigma(p), torch.full((2, 3), 0.1))
 
 
+def test_sigmas_is_sigma_of_each():
+    opt, params = make()
+    train(opt, params, 3)
+    some = [params[2], params[0]]
+    got = opt.sigmas(some)
+    assert isinstance(got, list)
+    assert all(torch.equal(s, opt.sigma(p)) for s, p in zip(got, some, strict=True))
+
+
 def test_sigma_is_computed_from_the_state_of_the_parameter():
     opt, params = make()
     train(opt, params, 3)
@@ -1316,9 +1325,9 @@ def test_a_setting_of_a_group_is_checked_when_the_group_is_added():
 
 
 def test_sigma_of_a_tensor_that_is_not_a_parameter_is_refused():
-    opt, _ = make()
+    opt, params = make()
     with pytest.raises(ValueError, match="not a parameter of this optimizer"):
-        opt.sigma(torch.zeros(2))
+        opt.sigmas([params[0], torch.zeros(2)])
 
 
 def test_loading_a_state_forgets_the_draws_that_were_not_stepped_on():

@@ -17,7 +17,7 @@ from conftest import FOLDERS, LABELS, write_glue
 
 from harness import glue
 from harness.glue import DEMO, TASKS, check_hub, load_task, published
-from harness.task import held_out, hold_out
+from harness.task import held_out_mask, hold_out
 
 REAL = os.environ.get("GLUE_DIR")
 
@@ -349,17 +349,17 @@ def test_a_held_out_share_of_train_is_validation_and_the_rest_is_train(task: str
 
 def test_the_held_out_share_is_stratified_and_the_same_for_the_same_seed():
     labels = np.random.default_rng(0).choice([0, 1, 1, 1, 2], size=8551)
-    held = held_out(labels, 0.1, 0)
+    held = held_out_mask(labels, 0.1, 0)
     assert held.sum() == 855
     for label in range(3):
         assert abs(held[labels == label].sum() - 0.1 * (labels == label).sum()) <= 1
-    assert (held == held_out(labels, 0.1, 0)).all()
-    assert (held != held_out(labels, 0.1, 1)).any()
+    assert (held == held_out_mask(labels, 0.1, 0)).all()
+    assert (held != held_out_mask(labels, 0.1, 1)).any()
     assert hold_out(TASKS["cola"], 0.1, 0).train_size == 8551 - 855
 
 
 def test_a_regressions_held_out_share_has_its_scores_quantiles():
     scores = np.random.default_rng(0).uniform(0, 5, size=5749)
-    held = held_out(scores, 0.1, 3)
+    held = held_out_mask(scores, 0.1, 3)
     quantiles = np.linspace(0, 1, 11)
     assert np.quantile(scores[held], quantiles) == pytest.approx(np.quantile(scores, quantiles), abs=0.02)

@@ -110,7 +110,8 @@ def test_a_run_is_resumed_only_with_the_settings_that_have_influence_unchanged(f
     check_same(config, dict(config), Path("folder"))
     before = config | {field.name: "something else"}
     refused = field.metadata["role"] != NOTHING
-    expected = pytest.raises(UsageError, match=f"{field.name} is ") if refused else contextlib.nullcontext()
+    named = {"processes": "torchrun's processes", "total_steps": "--max_steps"}.get(field.name, field.name)
+    expected = pytest.raises(UsageError, match=f"{named} is ") if refused else contextlib.nullcontext()
     with expected:
         check_same(config, before, Path("folder"))
 

@@ -325,7 +325,7 @@ def test_another_number_of_processes_cannot_resume(whole: tuple, data: list[obje
     done = ended([sys.executable, SCRIPT, *RUN, *data, *IVON, "--output_dir", whole[0], "--resume"])
     assert done.returncode == 2
     (told,) = errors(done)
-    assert "processes is 1, but was 2" in told
+    assert "the number of torchrun's processes is 1, but was 2" in told
     assert str(whole[0]) in told
 
 
