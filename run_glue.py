@@ -4,6 +4,7 @@
     python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
     python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA as published
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
+    python run_glue.py --train_file train.csv --validation_file dev.csv       # data of your own
     python run_glue.py --task cola --optimizer ivon --score mu --resume       # continue this run
     torchrun --nproc_per_node 2 run_glue.py --task cola --optimizer ivon --score mu     # on two GPUs
 

@@ -38,6 +38,15 @@ def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[s
     return metrics
 
 
+def class_metrics(predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
+    """Accuracy, and macro F1: the mean F1 of the classes that occur in either. Class indices, (n,) each."""
+    predictions, labels = np.asarray(predictions), np.asarray(labels)
+    occurring = np.union1d(predictions, labels)
+    both = np.array([((predictions == c) & (labels == c)).sum() for c in occurring])
+    either = np.array([(predictions == c).sum() + (labels == c).sum() for c in occurring])
+    return {"accuracy": float(np.mean(predictions == labels)), "macro_f1": float((2 * both / either).mean())}
+
+
 def calibration(probs: ArrayLike, labels: ArrayLike, bins: int = 10) -> dict[str, float]:
     """Accuracy, NLL, ECE and Brier score of predicted probabilities.
 

@@ -275,7 +275,8 @@ def is_finished(folder: Path) -> bool:
 
 def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     """Raise UsageError for the first setting or checksum that differs from the run's in the folder."""
-    own = {"encoder": f"--model {settings['model']} has other weights", "data": "--data_dir has other data"}
+    data = "--train_file" if settings["train_file"] else "--data_dir"
+    own = {"encoder": f"--model {settings['model']} has other weights", "data": f"{data} has other data"}
     compared = {f.name: f.metadata["group"] for f in fields(Settings) if f.metadata["role"] != NOTHING}
     for name in [*own, *compared]:
         now = settings.get(name)

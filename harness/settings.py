@@ -8,16 +8,17 @@ A setting is a field of `Settings`. Its role says what it is for, its parser wha
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
-from harness import glue, processes
+from harness import glue, own_data, processes
 from harness.task import EndsRun, Task, UsageError, hold_out
 from scores import SCORES
 
@@ -61,11 +62,15 @@ def setting(group: str | None, default: Any, role: str, parse=None, about="", on
 
 positive, count = number(above=0), whole(1)
 run, ivon = partial(setting, "the run"), partial(setting, "IVON", only=("ivon",))
+OWN = "data of your own"
+own = partial(setting, OWN)
 adapters = partial(setting, "adapters", only=("adalora", "lora"))
 adalora, evaluation = partial(setting, "AdaLoRA", only=("adalora",)), partial(setting, "evaluation")
 machine, derived = partial(setting, "device and files"), partial(setting, None)
 SCORE_HELP = "; ".join(f"{name}: {score.about}" for name, score in SCORES.items())
 TARGETS_HELP = "module-name suffixes to adapt (the architecture's own)"
+COLUMNS_HELP = "one or two of text, then the label (sentence1 [sentence2] label; text label)"
+METRIC_HELP = "that decides (accuracy; pearson_spearman, the mean of both)"
 FOLDER = "(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)"
 
 
@@ -74,7 +79,7 @@ class Settings:
     """None stands for what is not given, or what the method or optimizer does not have."""
 
     # fmt: off
-    task: str | None = run(None, IDENTITY, None, "required unless --demo", choices=list(TASKS))
+    task: str | None = run(None, IDENTITY, None, "required without --demo, --train_file", choices=list(TASKS))
     method: str = run("adalora", IDENTITY, None, "full: no adapters", choices=METHODS)
     optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
     model: str | None = run(None, NOTHING, None, f"a Hub name or a local checkpoint folder ({MODEL})")
@@ -115,6 +120,13 @@ class Settings:
     eval_batch_size: int = evaluation(128, NUMERICS, count)
     eval_samples: int = evaluation(0, NUMERICS, whole(0), "draws to average predictions over (0: none)")
     temperature: float | None = evaluation(None, NUMERICS, number(0), "τ: draw with variance τσ² (1)")
+    train_file: Path | None = own(None, NOTHING, Path, "instead of --task: .csv, .tsv, .jsonl, .parquet")
+    validation_file: Path | None = own(None, NOTHING, Path, "or --holdout")
+    test_file: Path | None = own(None, NOTHING, Path, "for tools.evaluate --predict")
+    columns: list[str] | None = own(None, NUMERICS, None, COLUMNS_HELP, nargs="+", metavar="NAME")
+    regression: bool = own(False, NUMERICS, None, "labels are numbers (known by a decimal point in any)")
+    metric: str | None = own(None, NUMERICS, None, METRIC_HELP, choices=sum(own_data.METRICS.values(), ()))
+    name: str | None = own(None, NOTHING, None, "of the task and output folder (the training file's)")
     device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     bf16: bool = machine(False, NUMERICS, None, "the frozen backbone's products in bfloat16")
     compile: bool = machine(False, NUMERICS, None, "train with torch.compile")
@@ -127,6 +139,7 @@ class Settings:
     warmup_steps: int | None = derived(None, IDENTITY)
     first_lr: float | None = derived(None, IDENTITY)
     first_steps: int | None = derived(None, IDENTITY)
+    labels: list[str] | None = derived(None, NUMERICS)
     # fmt: on
 
     @classmethod
@@ -146,9 +159,8 @@ class Settings:
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
         """Of a run's config.json; what is not a setting is passed over."""
         values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
-        for name in ("data_dir", "output_dir"):
-            values[name] = Path(values[name]) if values.get(name) else None
-        return cls(**values)
+        paths = [f.name for f in fields(cls) if Path in get_args(f.type)]
+        return cls(**values | {name: Path(values[name]) for name in paths if values.get(name)})
 
     def completed(self) -> "Settings":
         """Fill in what does not depend on the data. Raises UsageError for settings that conflict."""
@@ -158,8 +170,12 @@ class Settings:
                 has = "--demo has the task cola, and a model and data of its own"
                 raise UsageError(f"{has}: leave out --task, --model and --data_dir, or --demo")
             s = replace(s, task="cola", model=str(DEMO / "model"), data_dir=DEMO)
+        s = s._with_own_data() if s.train_file else s
+        for f in fields(s):
+            if not s.train_file and f.metadata["group"] == OWN and getattr(s, f.name):
+                raise UsageError(f"--{f.name} is for data of your own: give --train_file, or leave it out")
         if s.task is None:
-            raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo)")
+            raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo, or --train_file)")
         if s.resume and s.overwrite:
             raise UsageError("--resume continues a run, --overwrite replaces it: leave one out")
         for f in fields(s):
@@ -177,16 +193,35 @@ class Settings:
             if device not in ("cpu", "cuda"):
                 raise UsageError(f"--device {device}: with torchrun it is cuda, a GPU a process, or cpu")
             device = f"cuda:{processes.local_rank()}" if device == "cuda" else device
-        s = replace(s._with_ranks(), device=device, processes=processes.count())
+        s = replace(s.with_ranks(), device=device, processes=processes.count())
         s = replace(s, model=MODEL if s.model is None else s.model)
         s = replace(s, temperature=1.0 if s.temperature is None else s.temperature)
-        if s.max_steps or s.demo or s.data_dir is None:
+        if s.max_steps or s.data_dir is None or s.demo:
             s.resolve(task_of(s).train_size)  # the run's length is known: so is whether it can be
         rank = None if s.target_rank is None else f"r{s.target_rank:g}"
         parts = ("demo" if s.demo else s.task, s.method, s.optimizer, s.score, rank, f"s{s.seed}")
         return replace(s, output_dir=s.output_dir or Path("runs") / "-".join(part for part in parts if part))
 
-    def _with_ranks(self) -> "Settings":
+    def _with_own_data(self) -> "Settings":
+        s = self
+        if s.task or s.demo or s.data_dir:
+            raise UsageError("--train_file is instead of --task, --demo and --data_dir: leave these out")
+        if not s.validation_file and not s.holdout:
+            raise UsageError("--validation_file is missing: give one, or --holdout 0.1 for a share of train")
+        name = s.train_file.stem if s.name is None else s.name
+        if name in (*TASKS, "demo") or not re.fullmatch(r"[\w.-]+", name):
+            raise UsageError(f"--name {name}: letters, digits, dots and dashes, and not a GLUE task's name")
+        if s.columns and len(s.columns) not in (2, 3):
+            raise UsageError(f"--columns {' '.join(s.columns)}: give one or two of text, then the label")
+        columns, labels, size = own_data.describe(s.train_file, s.columns, s.regression)
+        metrics = own_data.METRICS["classes" if labels else "numbers"]
+        metric = s.metric or metrics[0]
+        if metric not in metrics:
+            raise UsageError(f"--metric {metric}: with these labels it is {' or '.join(metrics)}")
+        own = {"task": name, "name": name, "columns": columns, "labels": labels, "metric": metric}
+        return replace(s, **own, regression=not labels, train_size=size)
+
+    def with_ranks(self) -> "Settings":
         if self.method == "full":
             return self
         target = 2.0 if self.target_rank is None else self.target_rank
@@ -238,8 +273,13 @@ class Settings:
 
 
 def task_of(settings: Settings) -> Task:
-    task = glue.DEMO if settings.demo else TASKS[settings.task]
-    return hold_out(task, settings.holdout, settings.holdout_seed) if settings.holdout else task
+    s = settings
+    if s.train_file:
+        files = {"train": s.train_file, "validation": s.validation_file, "test": s.test_file}
+        task = own_data.own_task(s.task, files, s.columns, s.labels, s.metric, s.train_size)
+    else:
+        task = glue.DEMO if s.demo else TASKS[s.task]
+    return hold_out(task, s.holdout, s.holdout_seed) if s.holdout else task
 
 
 def learning_rate(t: int, settings: Settings) -> float:

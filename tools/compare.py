@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from harness.settings import TASKS
 from harness.task import UsageError
 from tools.finished import find_runs, read_evaluations
 
@@ -25,7 +24,7 @@ def read_measures(folders: list[Path], split: str) -> pd.DataFrame:
     """A line a run and way to predict: row, how, task, seed, and MEASURES (NaN where a task has none)."""
     found = []
     for run in find_runs(folders):
-        task = TASKS[run.config["task"]]
+        task = run.task
         row = re.sub(rf"^{task.name}-|-s{run.config['seed']}$", "", run.folder.name)
         if (run.folder / "evaluation.json").exists():
             lines = read_evaluations(run, split)
@@ -48,7 +47,7 @@ def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[st
         return own.pivot(index="seed", columns="task", values=measure).dropna(axis=1, how="all")
 
     both = (MEASURES[measure] * (of(a) - of(b))).dropna(axis=1, how="all")
-    found = {task: both[task].dropna().to_numpy() for task in TASKS if task in both}
+    found = {task: both[task].dropna().to_numpy() for task in both}
     return found | ({"all": both.dropna().mean(axis=1).to_numpy()} if len(found) > 1 else {})
 
 

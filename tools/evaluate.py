@@ -45,7 +45,8 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
     parser.add_argument("--seed", type=whole(0), help="of the draws (as in the run, like all that follow)")
     parser.add_argument("--model", help="where the base model is now")
-    parser.add_argument("--data_dir", type=Path, help="a folder in GLUE's own layout")
+    parser.add_argument("--data_dir", type=Path, help="a folder in GLUE's own layout, or with your own files")
+    parser.add_argument("--test_file", type=Path, help="of your own data, for a run with --train_file")
     parser.add_argument("--eval_batch_size", type=whole(1))
     parser.add_argument("--device", help="cpu, cuda, … (cuda if there is one)")
     return parser.parse_args(argv)
@@ -85,8 +86,11 @@ def predictors(args: Namespace, model: nn.Module, sigma: dict[str, Tensor], seed
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     run = read_run(args.run)
-    given = {name: getattr(args, name) for name in ("seed", "model", "data_dir", "eval_batch_size", "device")}
+    given = ("seed", "model", "data_dir", "test_file", "eval_batch_size", "device")
+    given = {name: getattr(args, name) for name in given}
     s = evaluation_settings(run, **given)
+    if args.test_file and not s.train_file:
+        raise UsageError(f"--test_file is for a run with --train_file, and {args.run} is of {s.task}")
     task = task_of(s)
     names = check(args, task)
     check_device(s.device)
@@ -148,11 +152,10 @@ def record(folder: Path, rows: list[dict], predictions: dict[str, Tensor]) -> No
 
 
 def write_submission(path: Path, index: Sequence[int], predictions: Tensor, task: Task) -> None:
-    """A file as GLUE's leaderboard takes it: "index" and "prediction", then the classes' probabilities.
-
-    Regression's numbers are cut to stsb's 0 to 5.
-    """
-    table = {"index": index, "prediction": predictions.clamp(0, 5).tolist()}
+    """A file as GLUE's leaderboard takes it: "index" and "prediction", then the classes' probabilities."""
+    if task.name == "stsb":
+        predictions = predictions.clamp(0, 5)  # the scores there are
+    table = {"index": index, "prediction": predictions.tolist()}
     if task.labels:
         table["prediction"] = [task.written[i] for i in predictions.argmax(-1)]
         table |= dict(zip(task.labels, predictions.T.tolist(), strict=True))

@@ -18,7 +18,7 @@ from harness import encoder
 from harness.files import read_json
 from harness.run_folder import IN_RESULTS, fingerprint, load_adapter
 from harness.settings import DEMO, Settings, task_of
-from harness.task import UsageError
+from harness.task import Task, UsageError
 
 # What reading a file raises that is not what a run writes.
 DAMAGED = (UsageError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -30,6 +30,10 @@ class FinishedRun(NamedTuple):
     folder: Path
     config: dict
     results: dict
+
+    @property
+    def task(self) -> Task:
+        return task_of(Settings.from_config(self.config))
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -59,7 +63,7 @@ def can_be(value: Any, f: Field) -> bool:
     """Whether JSON's value can be this setting's: a whole number is a float, too, and text a path."""
     if f.name == "temperature":  # a list, in earlier runs
         return True
-    choices = f.metadata["options"].get("choices")
+    choices = f.metadata["options"].get("choices") if f.name != "task" else None  # it may be the user's own
     kinds = {get_origin(kind) or kind for kind in get_args(f.type) or (f.type,)}
     json_types = {float: {int, float}, Path: {str}}
     right_type = type(value) in set().union(*(json_types.get(kind, {kind}) for kind in kinds))
@@ -95,9 +99,12 @@ def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
     return pd.json_normalize([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
 
 
-def read_evaluations(run: FinishedRun, split: str) -> pd.DataFrame:
-    """What tools.evaluate found on a split, a line an evaluation."""
+def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame:
+    """What tools.evaluate found on a split (the task's first validation), a line an evaluation."""
     rows = pd.DataFrame(read_json(run.folder / "evaluation.json")["evaluations"])
+    task = run.task
+    ways = [name for name in (*task.tests, *task.validation) if not name.startswith("test")]
+    split = split or next((name for name in ways if name in set(rows["split"])), task.validation[0])
     rows = rows[rows["split"] == split].copy()
     where = {"model": run.config["model"], "data_dir": run.config["data_dir"]}
     if any(row[key] != value for row in rows[list(where)].to_dict("records") for key, value in where.items()):

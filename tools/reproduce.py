@@ -98,18 +98,16 @@ def print_commands(args: Namespace) -> None:
 
 def departures(config: Mapping[str, Any]) -> dict[str, Any]:
     """A run's identity settings that are not the published ones for its task, method, length and batches."""
-    names = ("method", "optimizer", "score", "target_rank", *BATCH[:2])
-    given = {name: config[name] for name in names if config.get(name) is not None}
-    place = {"demo": True} if config["demo"] else {"task": config["task"]}
-    s = Settings(**place, **given, max_steps=config["total_steps"], device="cpu").completed()
-    s = replace(s, processes=config.get("processes", 1))
+    own = [f for f in fields(Settings) if f.metadata["role"] == IDENTITY and f.name not in OWN_PLACE]
+    s = replace(Settings.from_config(config), **{f.name: f.default for f in own})
+    s = replace(s, max_steps=config["total_steps"], total_steps=None).with_ranks()
     usual = dict(vars(s.resolve(config.get("train_size") or task_of(s).train_size)))
     if config.get("lr") != usual["lr"]:
         usual |= {"first_lr": 0.0, "first_steps": 0}  # a learning rate that is given has no first phase
     if config.get("targets") in TARGETS.values():
         usual["targets"] = config["targets"]
-    own = [f.name for f in fields(Settings) if f.metadata["role"] == IDENTITY and f.name not in OWN_PLACE]
-    return {k: config[k] for k in own if config.get(k) is not None and config[k] != usual[k]}
+    differ = [f.name for f in own if config.get(f.name) is not None and config[f.name] != usual[f.name]]
+    return {name: config[name] for name in differ}
 
 
 def with_names(settings: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
@@ -144,12 +142,17 @@ def order(config: Mapping[str, Any], row: str) -> tuple:
     """As in [C] table I: full fine-tuning, then rank by rank LoRA and AdaLoRA."""
     kind = list(METHODS).index(config["method"]), list(OPTIMIZERS).index(config["optimizer"])
     place = (config["target_rank"] or 0, *kind, [None, *SCORES].index(config["score"]), row)
-    return (config["model"], *place, list(TASKS).index(config["task"]), config["seed"])
+    return (config["model"], *place, task_order(config["task"]), config["seed"])
+
+
+def task_order(name: str) -> tuple:
+    """GLUE's tasks as in [C] table I, then the user's own."""
+    return (list(TASKS).index(name) if name in TASKS else len(TASKS), name)
 
 
 def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFrame:
-    """A line a run, in the paper's order: run, model, task, method, seed, row (its label), SHAPES, settings
-    that depart from the published ones, and what it `needs` ("found").
+    """A line a run, in the paper's order: run, model, task with its title and metric, method, seed, row (its
+    label), SHAPES, settings that depart from the published ones, and what it `needs` ("found").
 
     A setting of SHAPES that differs between runs of one model, task and method is in their labels. Left out
     by name is a run that `needs`, a function, cannot read, or that repeats settings and seed of another. For
@@ -163,6 +166,7 @@ def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFr
             skip(run.folder, error)
             continue
         line |= {key: run.config[key] for key in ("model", "task", "method", "seed")}
+        line |= {"title": run.task.folder, "metric": run.task.metric}
         lines.append(line | {name: run.config.get(name, usual) for name, usual in SHAPES.items()})
     if not lines:
         raise UsageError(f"there is no run for this in {', '.join(map(str, args.runs))}")
@@ -189,18 +193,18 @@ def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFr
 
 def named_groups(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
     """Runs that differ in the seed alone, with a name for each group."""
-    for (model, row, task), group in runs.groupby(GROUP, sort=False):
+    for (model, row, _), group in runs.groupby(GROUP, sort=False):
         seeds = f"{len(group)} seed{'s' * (len(group) != 1)}"
         other_model = f", {model}" * (runs["model"].nunique() > 1)
-        yield f"{TASKS[task].folder}, {row}, {seeds}{other_model}", group
+        yield f"{group['title'].iloc[0]}, {row}, {seeds}{other_model}", group
 
 
 def read_found(args: Namespace, needs: Callable[[FinishedRun], pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """By name of a group, the lines that each of its runs `needs`, with the run's folder, task and row."""
+    """By name of a group, the lines that each of its runs `needs`, with the run's folder, row and task."""
     return {
         name: pd.concat(
             [
-                run.found.assign(folder=run.run.folder, task=run.task, row=run.row)
+                run.found.assign(folder=run.run.folder, row=run.row, title=run.title, metric=run.metric)
                 for run in group.itertuples()
             ],
             ignore_index=True,
@@ -220,8 +224,9 @@ def mean_text(values: pd.Series, digits: int = 2) -> str:
 
 def markdown(runs: pd.DataFrame) -> str:
     """The rows of one model, a column a task; the mean over tasks where a row has them all."""
-    tasks = [task for task in TASKS if task in set(runs["task"])]
-    lines = [["", *(TASKS[task].folder for task in tasks), *["average"] * (len(tasks) > 1)]]
+    titles = dict(zip(runs["task"], runs["title"], strict=True))
+    tasks = sorted(titles, key=task_order)
+    lines = [["", *(titles[task] for task in tasks), *["average"] * (len(tasks) > 1)]]
     lines.append(["---"] * len(lines[0]))
     for row, own in runs.groupby("row", sort=False):
         cells = {task: f"{mean_text(of['found'])} ({len(of)})" for task, of in own.groupby("task")}
@@ -249,9 +254,9 @@ def print_table(args: Namespace) -> None:
         print(f"{markdown(own)}\n\nEncoder `{model}`. Best validation score in percent: mean ± standard")
         print("deviation (seeds).")
         print(*[f"All rows: {settings_text(shared)}."] * bool(shared), sep="\n")
-        for task, of in own.groupby("task"):
+        for _, of in own.groupby("task"):
             lengths = " or ".join(of.apply(length_text, axis=1).unique())
-            print(f"- {TASKS[task].folder}: {TASKS[task].metric.replace('_', ' ')}; {lengths}")
+            print(f"- {of['title'].iloc[0]}: {of['metric'].iloc[0].replace('_', ' ')}; {lengths}")
 
 
 # ---- figures -------------------------------------------------------------------------------------------
@@ -277,9 +282,9 @@ def print_ranks(args: Namespace) -> None:
 
 def draw_curves(args: Namespace) -> None:
     def journal(run: FinishedRun) -> pd.DataFrame:
-        task, lines = task_of(Settings.from_config(run.config)), read_lines(run, "metrics.jsonl")
-        lines = lines[lines["split"].isna() | (lines["split"] == task.validation[0])]
-        column = f"optimizer.{args.of}" if args.of else task.metric
+        lines = read_lines(run, "metrics.jsonl")
+        lines = lines[lines["split"].isna() | (lines["split"] == run.task.validation[0])]
+        column = f"optimizer.{args.of}" if args.of else run.task.metric
         lines = lines.assign(score=lines[column].astype(float))[["step", "score", "budget"]]
         if lines["score"].isna().all() or lines["budget"].astype(float).isna().all():
             raise UsageError("metrics.jsonl has no evaluation, or nothing else")
@@ -292,8 +297,8 @@ def draw_curves(args: Namespace) -> None:
 
     curves = {}
     for name, lines in read_found(args, journal).items():
-        task = TASKS[lines["task"].iloc[0]]
-        place = lines["row"].iloc[0], task.folder, (args.of or task.metric).replace("_", " ")
+        row, title, metric = lines[["row", "title", "metric"]].iloc[0]
+        place = row, title, (args.of or metric).replace("_", " ")
         curves[name] = figures.Curve(*place, over_seeds(lines, "score"), over_seeds(lines, "budget"))
     figures.save(figures.curves(curves), args.o or Path("curves.png"))
 
@@ -311,7 +316,7 @@ def print_agreement(args: Namespace) -> None:
         last = lines[lines["step"] == lines["step"].max()]
         k, n = last["budget"].iloc[0], last["b0"].iloc[0]
         chance = k / (2 * n - k) if k else 1.0  # two random sets of k of n triplets share k²/n of them
-        course = lines.drop(columns=["folder", "task", "row"]).groupby("step").mean()
+        course = lines.groupby("step").mean(numeric_only=True)
         found[name] = figures.Agreement(agreement_matrix(last), chance, course)
     print("\n\n".join(agreement_text(name, agreement) for name, agreement in found.items()))
     if args.o:
@@ -350,11 +355,10 @@ def agreement_text(name: str, agreement: figures.Agreement) -> str:
 
 
 def read_evaluated(args: Namespace) -> dict[str, pd.DataFrame]:
-    """By group, a line an evaluation of the task's (first) validation split, as tools.evaluate wrote it, with
-    "how"."""
+    """By group, a line an evaluation of the first validation split by tools.evaluate, with "how"."""
 
     def rows(run: FinishedRun) -> pd.DataFrame:
-        found = read_evaluations(run, TASKS[run.config["task"]].validation[0])
+        found = read_evaluations(run)
         return found.assign(
             key=found["how"], how=[how_text(*of) for of in zip(found["how"], found["samples"], strict=True)]
         )
@@ -371,14 +375,14 @@ def print_calibration_table(found: Mapping[str, pd.DataFrame]) -> None:
     """Markdown: mean ± standard deviation over seeds, in percent but for NLL and Brier score."""
     print("|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |\n" + "| --- " * 8 + "|")
     for frame in found.values():
-        for (task, row, how), rows in frame.groupby(["task", "row", "how"], sort=False):
-            measures = [(TASKS[task].metric, 100, 2), ("accuracy", 100, 2)]
+        for (title, row, metric, how), rows in frame.groupby(["title", "row", "metric", "how"], sort=False):
+            measures = [(metric, 100, 2), ("accuracy", 100, 2)]
             measures += [("nll", 1, 4), ("ece", 100, 2), ("brier", 1, 4)]
             cells = [
                 mean_text(scale * rows.get(name, pd.Series(dtype=float)), digits)
                 for name, scale, digits in measures
             ]
-            print(f"| {TASKS[task].folder}, {row} | {how} | {len(rows)} | {' | '.join(cells)} |")
+            print(f"| {title}, {row} | {how} | {len(rows)} | {' | '.join(cells)} |")
 
 
 def read_predictions(row: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -414,7 +418,7 @@ def print_temperature(args: Namespace) -> None:
         draws = {name: frame[frame["key"].str.startswith("tau=")] for name, frame in found.items()}
         drawn = {name: frame for name, frame in draws.items() if len(frame)}
         for name, frame in drawn.items():
-            drawn[name] = frame.assign(error=100 * (1 - frame[TASKS[frame["task"].iloc[0]].metric]))
+            drawn[name] = frame.assign(error=100 * (1 - frame[frame["metric"].iloc[0]]))
         figures.save(figures.temperature(drawn), args.o)
 
 

@@ -1,0 +1,220 @@
+"""A data set of one's own as a Task: from a training file and, if there are, a validation and a test file.
+
+Files are CSV, TSV, JSON lines or Parquet, with one or two columns of text and a label. In a CSV file text in
+quotation marks may have commas and line ends in it; in a TSV file a quotation mark is a plain character.
+Rows are counted as an editor counts lines; those of Parquet from 1.
+"""
+
+import csv
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness.glue import published
+from harness.metrics import class_metrics, task_metrics
+from harness.task import Task, UsageError
+
+COLUMNS = (  # without --columns, the first of these that the training file has
+    ("sentence1", "sentence2", "label"),
+    ("sentence1", "label"),
+    ("sentence", "label"),
+    ("text", "label"),
+)
+METRICS = {"classes": ("accuracy", "macro_f1"), "numbers": ("pearson_spearman", "pearson", "spearman")}
+DIALECTS = {".csv": {"strict": True}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+KINDS = (*DIALECTS, ".json", ".jsonl", ".parquet")
+
+
+def own_task(
+    name: str, files: Mapping[str, Path | None], columns: list[str], labels: list[str], metric: str, size: int
+) -> Task:
+    """Of files by split; no labels stand for a regression. The settings are CoLA's."""
+    files = {split: path for split, path in files.items() if path}
+    return Task(
+        name,
+        folder=name,
+        load=partial(load, files, columns, labels),
+        text=tuple(columns[:-1]),
+        labels=tuple(labels),
+        metrics=class_metrics if labels else partial(task_metrics, "stsb"),
+        metric=metric,
+        settings=partial(published, "cola"),
+        train_size=size,
+        validation=("validation",) if "validation" in files else (),
+        tests=("test",) if "test" in files else (),
+        written=tuple(labels),
+    )
+
+
+def describe(path: Path, columns: list[str] | None, regression: bool) -> tuple[list[str], list[str], int]:
+    """Of a training file: its columns, its labels' names in order ([]: a regression), how many examples.
+
+    The labels are numbers if each is one and any has a decimal point, or with `regression`; otherwise they
+    are names of classes. Raises UsageError.
+    """
+    rows = list(read_rows(path))
+    there = rows[0][1]
+    columns = list(columns or next((names for names in COLUMNS if there.keys() >= set(names)), COLUMNS[-1]))
+    check_columns(path, there, columns)
+    labels = {row: label_text(path, row, fields.get(columns[-1])) for row, fields in rows}
+    numbers = [text for text in labels.values() if is_number(text)]
+    regression = regression or any(not text.lstrip("+-").isdigit() for text in numbers)
+    if numbers or regression:
+        for row, text in labels.items():
+            if not is_number(text):
+                raise UsageError(f"{path}:{row}: the label {text!r} is not a number, and others are")
+    if regression:
+        return columns, [], len(rows)
+    counts = Counter(labels.values())
+    for row, text in labels.items():
+        if counts[text] == 1:
+            mend = "add others, or take it out; --regression if labels are numbers"
+            raise UsageError(f"{path}:{row}: the only example with the label {text!r}: {mend}")
+    if len(counts) == 1:
+        raise UsageError(f"{path}: every example has the label {text!r}; there must be two or more")
+    return columns, sorted(counts, key=int if numbers else str), len(rows)
+
+
+def load(
+    files: Mapping[str, Path], columns: list[str], labels: list[str],
+    data_dir: str | Path | None = None, splits: Collection[str] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """As glue.load_task. With `data_dir`, the files of the same names in that folder."""
+    from datasets import Dataset  # which takes seconds
+
+    loaded = {}
+    for split in splits or files:
+        path = Path(data_dir) / files[split].name if data_dir else files[split]
+        examples = read_examples(path, columns, labels, labelled=split != "test")
+        loaded[split] = Dataset.from_list(list(examples))
+    return loaded
+
+
+def read_examples(path: Path, columns: list[str], labels: list[str], labelled: bool) -> Iterator[dict]:
+    """The text columns, "label" (class index or number; −1 where a test file has none) and "idx"."""
+    *texts, label = columns
+    empty = []
+    for idx, (row, fields) in enumerate(read_rows(path)):
+        if idx == 0:
+            labelled = labelled or label in fields
+            check_columns(path, fields, columns if labelled else texts)
+        example = {"idx": idx, "label": -1}
+        for name in texts:
+            example[name] = fields.get(name)
+            if not isinstance(example[name], str):
+                raise UsageError(f"{path}:{row}: {name} is {json.dumps(example[name])}, which is not text")
+            empty += [] if example[name].strip() else [row]
+        if labelled:
+            text = label_text(path, row, fields.get(label))
+            if labels and text not in labels:
+                names = ", ".join(labels)[:200]
+                raise UsageError(f"{path}:{row}: the training file has no label {text!r} ({names})")
+            if not labels and not is_number(text):
+                raise UsageError(f"{path}:{row}: the label {text!r} is not a number")
+            example["label"] = labels.index(text) if labels else float(text)
+        yield example
+    if empty:
+        sys.stderr.write(f"{path}:{empty[0]}: an empty sentence is kept ({len(empty)} in all)\n")
+
+
+def check_columns(path: Path, there: Collection[str], columns: list[str]) -> None:
+    if missing := [name for name in columns if name not in there]:
+        names = ", ".join(map(str, there))[:200]
+        raise UsageError(f"{path} has no column {missing[0]!r} but {names}; --columns names text and label")
+
+
+def label_text(path: Path, row: int, value: Any) -> str:
+    """A label as text, as JSON would write it."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    if value is None or not text.strip():
+        raise UsageError(f"{path}:{row}: there is no label")
+    return text.strip()
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+# ---- the files -----------------------------------------------------------------------------------------
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each example's row, and its fields by column. Raises UsageError ("file:row: what"), OSError."""
+    kind, empty = path.suffix.lower(), True
+    if kind not in KINDS:
+        raise UsageError(f"{path}: a data file's name ends in {', '.join(KINDS)}")
+    read = read_table if kind in DIALECTS else read_parquet if kind == ".parquet" else read_json_lines
+    for row, fields in read(path):
+        empty = False
+        try:
+            "".join(text for text in [*fields, *fields.values()] if isinstance(text, str)).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{path}:{row}: not UTF-8 text") from None
+        yield row, fields
+    if empty:
+        raise UsageError(f"{path} has no examples")
+
+
+def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    csv.field_size_limit(2**31 - 1)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, **DIALECTS[path.suffix.lower()])
+        try:
+            header = next(reader, [])
+            check_no_duplicates(path, 1, header)
+            for fields in filter(None, reader):  # no blank lines
+                if len(fields) != len(header):
+                    needs = f"{len(header)} belong ({', '.join(header)[:200]})"
+                    raise UsageError(f"{path}:{reader.line_num}: {len(fields)} fields where {needs}")
+                yield reader.line_num, dict(zip(header, fields, strict=True))
+        except csv.Error as error:
+            raise UsageError(f"{path}:{reader.line_num}: {error}") from None
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for row, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    pairs = json.loads(line, object_pairs_hook=Pairs)
+                except (ValueError, RecursionError) as error:
+                    raise UsageError(f"{path}:{row}: not JSON lines: {error}") from None
+                if not isinstance(pairs, Pairs):
+                    raise UsageError(f"{path}:{row}: not JSON lines: a line is one object")
+                check_no_duplicates(path, row, [name for name, _ in pairs])
+                yield row, dict(pairs)
+
+
+class Pairs(list):
+    """A JSON object's names and values."""
+
+
+def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Classes that datasets has stored as numbers get their names."""
+    import pyarrow.parquet
+    from datasets import ClassLabel, Dataset
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise UsageError(f"{path} cannot be read: {error}") from None
+    check_no_duplicates(path, 1, table.column_names)
+    data = Dataset(table)
+    classes = {name: f.names for name, f in data.features.items() if isinstance(f, ClassLabel)}
+    for row, fields in enumerate(data, start=1):
+        numbers = {name: fields[name] for name in classes}
+        named = {name: classes[name][n] for name, n in numbers.items() if n in range(len(classes[name]))}
+        yield row, fields | named
+
+
+def check_no_duplicates(path: Path, row: int, names: list[str]) -> None:
+    if twice := [name for name, n in Counter(names).items() if n > 1]:
+        raise UsageError(f"{path}:{row}: there are two columns {twice[0]!r}")
