@@ -214,8 +214,9 @@ class Run:
             raise self._not_finite(f"{tensors[finite.index(False)][0]} is not finite at step {t}")
 
     def _not_finite(self, what: str) -> EndsRun:
-        kept = next(iter(checkpoints(self.folder / "checkpoint").values()), "no")
-        mend = f"the checkpoint of step {kept} is kept; a smaller --lr, with --overwrite, may help"
+        mend = "a smaller --lr, with --overwrite, may help"
+        for step in list(checkpoints(self.folder / "checkpoint").values())[:1]:
+            mend = f"the checkpoint of step {step} is kept; {mend}"
         return EndsRun(f"{what}; {mend}", 3)
 
     def _evaluate(self, t: int, lr: float) -> None:

@@ -27,7 +27,6 @@ TASKS: dict[str, Task] = {**glue.TASKS}
 METHODS = ("adalora", "lora", "full")
 MODEL = "microsoft/deberta-v3-base"
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-FLOAT32_MAX = torch.finfo(torch.float32).max
 
 # Roles. All but the last have to be the same in a run that is resumed.
 IDENTITY = "identity"  # decides the result: a row of the table
@@ -36,23 +35,29 @@ NUMERICS = "numerics"  # decides rounding, or what is recorded: not in the table
 NOTHING = "nothing"  # has no influence (folders: weights and data are known by their checksums)
 
 
-def number(
-    least: float = -FLOAT32_MAX, *, above: float = -math.inf, most: float = FLOAT32_MAX, kind: type = float
-) -> Callable:
-    """A parser: a number in [least, most] and above `above`."""
+@dataclass(frozen=True)
+class Number:
+    """A range, and the parser of a flag that has it."""
 
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not (least <= value <= most and value > above):
-            low = f"above {above:g}" if above >= least else f"at least {least:g}"
-            raise argparse.ArgumentTypeError(f"{text} is not {low} and at most {most:g}")
+    least: float
+    most: float = 1e15  # so that a product of two is within float32
+    kind: type = float
+
+    def __call__(self, text: str) -> float:
+        if (value := self.kind(text)) not in self:
+            raise argparse.ArgumentTypeError(f"{text} is not from {self.least:g} to {self.most:g}")
         return value
 
-    parse.__name__ = "whole number" if kind is int else "number"
-    return parse
+    def __contains__(self, value: Any) -> bool:
+        return type(value) in (int, self.kind) and self.least <= value <= self.most
+
+    @property
+    def __name__(self) -> str:  # in argparse's message
+        return "whole number" if self.kind is int else "number"
 
 
-whole = partial(number, most=2**63 - 1, kind=int)
+def whole(least: int, most: int = 10**9) -> Number:
+    return Number(least, most, int)
 
 
 def setting(group: str | None, default: Any, role: str, parse=None, about="", only=(), **options):
@@ -60,7 +65,8 @@ def setting(group: str | None, default: Any, role: str, parse=None, about="", on
     return field(default=default, metadata=locals())
 
 
-positive, count = number(above=0), whole(1)
+positive, from_0, epochs, ess = Number(1e-15), Number(0), Number(1e-15, 1e6), Number(1e-15, 1e30)
+count, few, seed = whole(1), partial(whole, most=10**4), whole(0, 2**63 - 1)
 run, ivon = partial(setting, "the run"), partial(setting, "IVON", only=("ivon",))
 OWN = "data of your own"
 own = partial(setting, OWN)
@@ -84,11 +90,11 @@ class Settings:
     optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
     model: str | None = run(None, NOTHING, None, f"a Hub name or a local checkpoint folder ({MODEL})")
     data_dir: Path | None = run(None, NOTHING, Path, "a folder in GLUE's own layout (the Hub's copy)")
-    holdout: float = run(0.0, SHAPE, number(0, most=0.9), "share of train to evaluate on, not on validation")
-    holdout_seed: int = run(0, SHAPE, whole(0), "of that split")
+    holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to evaluate on, not on validation")
+    holdout_seed: int = run(0, SHAPE, seed, "of that split")
     demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
-    seed: int = run(2021, IDENTITY, whole(0), "of everything random")
-    epochs: float | None = run(None, NOTHING, positive, "set by the task, like every flag without a default")
+    seed: int = run(2021, IDENTITY, seed, "of everything random")
+    epochs: float | None = run(None, NOTHING, epochs, "set by the task, like every flag without a default")
     max_steps: int | None = run(None, NOTHING, count, "updates in all, instead of epochs")
     processes: int = derived(1, SHAPE)
     train_size: int | None = derived(None, SHAPE)
@@ -98,19 +104,19 @@ class Settings:
     group_by_length: bool = run(False, SHAPE, None, "batches of examples of like length: less padding")
     max_length: int | None = run(None, SHAPE, whole(4), "tokens")
     lr: float | None = run(None, IDENTITY, positive, "peak: one warm-up, one linear decay")
-    weight_decay: float | None = run(None, IDENTITY, number(0), "of AdamW, or IVON's δ")
-    mc_samples: int | None = ivon(None, IDENTITY, count, "draws in an update (1)")
-    ess: float | None = ivon(None, IDENTITY, positive, "effective sample size (training examples; LoRA 1e10)")
+    weight_decay: float | None = run(None, IDENTITY, from_0, "of AdamW, or IVON's δ")
+    mc_samples: int | None = ivon(None, IDENTITY, few(1), "draws in an update (1)")
+    ess: float | None = ivon(None, IDENTITY, ess, "effective sample size (training examples; LoRA 1e10)")
     hess_init: float | None = ivon(None, IDENTITY, positive, "h0 (1; LoRA 1e-4)")
-    beta2: float | None = ivon(None, IDENTITY, number(0, most=1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
+    beta2: float | None = ivon(None, IDENTITY, Number(0, 1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
     clip_radius: float | None = ivon(None, IDENTITY, positive, "ξ (0.001)")
-    target_rank: float | None = adapters(None, IDENTITY, number(0), "average rank kept, or fraction (2)")
+    target_rank: float | None = adapters(None, IDENTITY, from_0, "average rank kept, or fraction (2)")
     targets: list[str] | None = adapters(None, IDENTITY, None, TARGETS_HELP, nargs="+", metavar="NAME")
     alpha: float | None = adapters(None, IDENTITY, positive, "scale: alpha / rank at the start")
-    dropout: float | None = adapters(None, IDENTITY, number(0, most=0.999), "of the adapters' input (0)")
+    dropout: float | None = adapters(None, IDENTITY, Number(0, 0.999), "of the adapters' input (0)")
     score: str | None = adalora(None, IDENTITY, None, f"{SCORE_HELP} (mu)", choices=list(SCORES))
     init_rank: int | None = adalora(None, IDENTITY, whole(0), "rank at the start (1.5 × target, rounded)")
-    orth: float | None = adalora(None, IDENTITY, number(0), "γ, weight of the orthogonality penalty")
+    orth: float | None = adalora(None, IDENTITY, from_0, "γ, weight of the orthogonality penalty")
     squared_orth: bool = adalora(False, IDENTITY, None, "the penalty as the paper has it, a sum of squares")
     tinit: int | None = adalora(None, IDENTITY, whole(0), "t_i, updates before pruning starts")
     tfinal: int | None = adalora(None, IDENTITY, whole(0), "t_f, updates with the final pattern")
@@ -118,8 +124,8 @@ class Settings:
     track_scores: bool = adalora(False, NUMERICS, None, "record how far the scores agree, at each allocation")
     eval_every: int | None = evaluation(None, SHAPE, count, "updates")
     eval_batch_size: int = evaluation(128, NUMERICS, count)
-    eval_samples: int = evaluation(0, NUMERICS, whole(0), "draws to average predictions over (0: none)")
-    temperature: float | None = evaluation(None, NUMERICS, number(0), "τ: draw with variance τσ² (1)")
+    eval_samples: int = evaluation(0, NUMERICS, few(0), "draws to average predictions over (0: none)")
+    temperature: float | None = evaluation(None, NUMERICS, from_0, "τ: draw with variance τσ² (1)")
     train_file: Path | None = own(None, NOTHING, Path, "instead of --task: .csv, .tsv, .jsonl, .parquet")
     validation_file: Path | None = own(None, NOTHING, Path, "or --holdout")
     test_file: Path | None = own(None, NOTHING, Path, "for tools.evaluate --predict")

@@ -70,8 +70,10 @@ def hold_out(task: Task, share: float, seed: int) -> Task:
         own = {"train" if name == "holdout" else name for name in splits or ()}
         data = task.load(data_dir, [name for name in task.splits if name in own] if splits else None)
         if "train" in data:
-            held = held_out_mask(np.asarray(data["train"]["label"]), share, seed)
             train = data["train"]
+            held = held_out_mask(np.asarray(train["label"]), share, seed)
+            if not held.any():
+                raise UsageError(f"--holdout {share:g} of {len(train)} examples is not a whole one")
             data |= {"train": train.select((~held).nonzero()[0]), "holdout": train.select(held.nonzero()[0])}
         return {name: data[name] for name in splits or data}
 

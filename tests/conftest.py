@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from hypothesis import settings
 from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, ElectraConfig, ElectraModel
 
+settings.register_profile("more", max_examples=2000)  # pytest --hypothesis-profile more
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
 

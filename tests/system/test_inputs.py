@@ -1,12 +1,15 @@
 """What a user can get wrong: exit status 2, one line that names the thing and the mend, nothing written."""
 
+import contextlib
 import json
+import math
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import Field, fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,8 @@ from hypothesis import strategies as st
 
 import run_glue
 from harness.glue import load_task
-from harness.settings import exit_status
+from harness.settings import Number, Settings, exit_status, learning_rate
+from harness.task import UsageError
 
 HERE = Path(run_glue.__file__).parent
 
@@ -326,41 +330,29 @@ def test_a_data_file_that_is_not_one_is_refused_by_its_name(
 
 # --- generated ----------------------------------------------------------------------------------------------
 
-NOT_BELOW = {  # whole numbers, and the least that may be given
-    **dict.fromkeys(("seed", "tinit", "tfinal", "init_rank", "eval_samples"), 0),
-    **dict.fromkeys(("max_steps", "batch_size", "grad_accum", "eval_every", "eval_batch_size", "delta_t"), 1),
-    **dict.fromkeys(("mc_samples", "checkpoint_every"), 1),
-    "max_length": 4,
-}
-ABOVE_0 = ("epochs", "lr", "ess", "hess_init", "clip_radius", "alpha")
-FROM_0 = ("target_rank", "orth", "weight_decay", "beta2", "dropout", "temperature")
+NUMBERS = [f for f in fields(Settings) if isinstance(f.metadata["parse"], Number)]  # new ones, too
 words = st.text(st.characters(codec="utf-8", exclude_characters="-"), min_size=1).filter(
     lambda text: not re.fullmatch(r"[\s+]*[\d_.]+(e[\d_+]+)?\s*|\s*[+]?(inf|infinity|nan)\s*", text, re.I)
 )
-bad_whole_numbers = st.sampled_from(sorted(NOT_BELOW)).flatmap(
-    lambda name: st.tuples(
-        st.just(name),
-        st.one_of(
-            words,
-            st.integers(max_value=NOT_BELOW[name] - 1).map(str),
-            st.integers(min_value=2**63).map(str),
-            st.floats(allow_nan=True).map(repr),
-        ),
-    )
-)
-bad_numbers = st.tuples(
-    st.sampled_from(ABOVE_0),
-    st.one_of(words, st.sampled_from(["nan", "inf", "-inf"]), st.floats(max_value=0).map(repr)),
-)
-bad_numbers_from_0 = st.tuples(
-    st.sampled_from(FROM_0),
-    st.one_of(words, st.sampled_from(["nan", "inf"]), st.floats(max_value=0, exclude_max=True).map(repr)),
-)
+
+
+def texts_of(f: Field, inside: bool) -> st.SearchStrategy[tuple[str, str]]:
+    """The flag's name and what it can be given, or cannot."""
+    low, high = f.metadata["parse"].least, f.metadata["parse"].most
+    if f.metadata["parse"].kind is int:
+        right = st.one_of(st.sampled_from([low, high]), st.integers(low, high)).map(str)
+        wrong = [st.integers(max_value=low - 1).map(str), st.integers(min_value=high + 1).map(str)]
+        wrong.append(st.floats().map(repr))
+    else:
+        right = st.one_of(st.sampled_from([low, high]), st.floats(low, high)).map(repr)
+        wrong = [st.floats(max_value=low, exclude_max=True).map(repr)]
+        wrong += [st.floats(min_value=high, exclude_min=True).map(repr), st.sampled_from(["nan", "1e400"])]
+    return st.tuples(st.just(f.name), right if inside else st.one_of(words, *wrong))
 
 
 @pytest.mark.usefixtures("no_training")
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(flag=st.one_of(bad_whole_numbers, bad_numbers, bad_numbers_from_0), glued=st.booleans())
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flag=st.sampled_from(NUMBERS).flatmap(lambda f: texts_of(f, inside=False)), glued=st.booleans())
 def test_any_value_that_a_flag_cannot_have_is_refused_by_the_flags_name(
     flag: tuple[str, str], glued: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ):
@@ -371,7 +363,34 @@ def test_any_value_that_a_flag_cannot_have_is_refused_by_the_flags_name(
     check_refusal(capsys.readouterr().err, f"--{name}", tmp_path)
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None)
+@given(flags=st.lists(st.sampled_from(NUMBERS).flatmap(lambda f: texts_of(f, inside=True)), max_size=4))
+def test_values_in_range_make_settings_or_are_refused_in_one_line(flags: list[tuple[str, str]]):
+    argv = [f"--{name}={value}" for name, value in flags]
+    with contextlib.suppress(UsageError):  # they may not go together
+        s = Settings.from_command_line(["--demo", "--eval_samples=1", *argv], "").resolve(2400, ["x"])
+        assert all(math.isfinite(learning_rate(t, s)) for t in (1, s.total_steps))
+
+
+@pytest.mark.slow
+@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(flags=st.lists(st.sampled_from(NUMBERS).flatmap(lambda f: texts_of(f, inside=True)), max_size=3))
+def test_values_in_range_train_or_end_in_one_line(
+    flags: list[tuple[str, str]], bert: Path, tmp_path: Path, capsys
+):
+    """None of them has anything else happen; those that only make a run long are left out."""
+    long = {"mc_samples", "eval_samples", "epochs", "max_steps"}
+    argv = [f"--{name}={value}" for name, value in flags if name not in long]
+    argv = [*command(bert, write_glue(tmp_path / "glue", "cola"), tmp_path / "run", "--overwrite"), *argv]
+    capsys.readouterr()
+    status = run(argv)
+    said = capsys.readouterr().err.splitlines()
+    assert status in (0, 2, 3)
+    assert not status or said[-1].startswith("run_glue.py: ")
+    assert not any("Traceback" in line for line in said)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(row=st.binary(max_size=60), at=st.integers(0, 12), task=st.sampled_from(["cola", "rte", "stsb"]))
 def test_any_row_in_a_data_file_is_read_or_refused_in_one_line(
     row: bytes, at: int, task: str, tmp_path: Path
