@@ -58,6 +58,8 @@ def train(settings: Settings) -> None:
 
     # Begin, or resume
     batches, splits = batches_of(data, tokenizer, settings)
+    longest = [split.batches[-1] for split in splits.values()]
+    encoder.check_works(model, settings.model, batches.longest(), longest)
 
     def evaluate() -> tuple[dict[str, dict], dict[str, Tensor], dict[str, float]]:
         sigma = prediction.sigma_by_name(model, optimizer)

@@ -68,6 +68,10 @@ class Batches:
             share = len(micro) * processes.count() / len(batch)
             yield inputs.to(self.labels.device), self.labels[micro], share
 
+    def longest(self) -> Mapping[str, Tensor]:
+        """The inputs of the micro-batch that takes most memory."""
+        return self.collate([self.features[i] for i in self.lengths.argsort()[-self.micro :]])
+
     def checksum(self, splits: Collection[Split]) -> str:
         """Of the tokens and labels to train on and to evaluate on."""
         tokens = torch.tensor([token for example in self.features for token in example["input_ids"]])

@@ -1,11 +1,13 @@
 """A checkpoint, from the Hub or a folder → tokenizer and model; adapters around its linear maps."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
+from transformers import BatchEncoding as Batch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora import HEADS, inject, linear_maps
@@ -51,8 +53,9 @@ def load_encoder(name: str, outputs: int) -> tuple[PreTrainedTokenizerBase, PreT
         raise UsageError(f"--model {name} lacks weights of its encoder: {absent[0]} is missing or misshapen")
     if tokenizer.pad_token is None:
         raise UsageError(f"--model {name}: the tokenizer has no padding token")
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        raise UsageError(f"--model {name}: the tokenizer's {len(tokenizer)} tokens do not fit the weights")
+    highest, weights = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
+    if highest >= weights:
+        raise UsageError(f"--model {name}: the tokenizer has a token {highest}, the model embeds {weights}")
     return tokenizer, model
 
 
@@ -101,13 +104,37 @@ def adapt(
     for name, p in model.named_parameters():
         if is_head(name):
             p.requires_grad_(True)
-    longest = min(getattr(config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
+    limits = getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
+    longest = min((n for n in limits if isinstance(n, int)), default=math.inf)
     if settings.max_length > longest:
         raise UsageError(f"--max_length {settings.max_length} is above the model's {longest} tokens")
     if settings.bf16:  # the backbone's products; adapters and losses stay in float32
         device = torch.device(settings.device).type
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
     return layers
+
+
+def check_works(model: PreTrainedModel, name: str, train: Batch, evaluation: Iterable[Batch]) -> None:
+    """A forward pass over each batch, and a backward pass of the one to train on; nothing random happens.
+
+    Raises UsageError where the model cannot.
+    """
+    params, training = [p for p in model.parameters() if p.requires_grad], model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            logits = [model(**inputs.to(model.device)).logits for inputs in evaluation]
+        logits.append(model(**train.to(model.device)).logits)
+        torch.autograd.grad(logits[-1].sum(), params, allow_unused=True)
+        finite = all(x.isfinite().all() for x in logits)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever parts that do not fit make a model raise
+        what = f"of at most {train['input_ids'].shape[1]} tokens: {type(error).__name__}: {error}"
+        raise UsageError(f"--model {name} does not work on texts {what}") from error
+    if not finite:
+        raise UsageError(f"--model {name}: its predictions are not finite")
+    model.train(training)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -399,6 +399,9 @@ def load_adapter(folder: Path, model: nn.Module, settings: Settings) -> dict[str
         kinds = {name: (p.shape, p.dtype) for name, p in trained(model).items()}
         if sigma and kinds != {name: (x.shape, x.dtype) for name, x in sigma.items()}:
             raise RuntimeError("the posterior is of another adapter")
+        whole = [*tensors.values(), *sigma.values()]
+        if not all(x.dtype == torch.float32 and x.isfinite().all() for x in whole):
+            raise RuntimeError("something in them is not a finite float32")
     except RuntimeError as error:
         raise UsageError(f"{folder}/adapter does not fit config.json and the model: {error}") from None
     return {name: x.to(model.device) for name, x in sigma.items()}

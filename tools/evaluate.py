@@ -68,6 +68,8 @@ def check(args: Namespace, task: Task) -> list[str]:
         files.check_writable(path, path)
     tests = [split for split in task.splits if split.startswith("test")]
     names = [args.split] if args.split is not None else tests[:1] if args.predict else list(task.validation)
+    if not names:
+        raise UsageError(f"{task.name} has no test split: give --test_file, or --split")
     for flag, name in {"--split": names[0], "--fit": args.fit}.items():
         if name not in (None, *task.splits):
             raise UsageError(f"{flag} {name}: {task.name} has {', '.join(task.splits)}")

@@ -36,7 +36,7 @@ def save(figure: "plt.Figure", path: Path) -> None:
             raise ValueError("it is not a file")
         figure.savefig(beside, dpi=150, format=path.suffix.removeprefix(".") or "png")
         os.replace(beside, path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         beside.unlink(missing_ok=True)
         raise UsageError(f"-o {path} cannot be written: {error}") from None
     print(path)

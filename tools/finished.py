@@ -17,11 +17,13 @@ import fused
 from harness import encoder
 from harness.files import read_json
 from harness.run_folder import IN_RESULTS, fingerprint, load_adapter
-from harness.settings import DEMO, Settings, task_of
+from harness.settings import DEMO, Number, Settings, task_of, whole
 from harness.task import Task, UsageError
 
 # What reading a file raises that is not what a run writes.
-DAMAGED = (UsageError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+DAMAGED = (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
+DAMAGED += (RecursionError,)
+RANK = whole(0)
 
 
 class FinishedRun(NamedTuple):
@@ -42,15 +44,18 @@ def read_run(folder: Path) -> FinishedRun:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} {what}: it has no {name}")
     config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
+    config = {f.name: f.default for f in fields(Settings)} | config  # an earlier run has fewer
     try:
         settings = Settings.from_config(config)
         settled = ("task", "model", "batch_size", "total_steps", "max_length", "eval_every")
-        wrong = [f.name for f in fields(Settings) if not can_be(config.get(f.name, f.default), f)]
+        wrong = [f.name for f in fields(Settings) if not can_be(config[f.name], f)]
         wrong += [name for name in settled if not config[name]]
+        wrong += [name for name in ("encoder", "data") if type(config.get(name, "")) is not str]
         wrong += [name for name in IN_RESULTS if config[name] != results[name]]
+        wrong += [] if results["metric"] == task_of(settings).metric else ["metric"]
         wrong += [] if math.isfinite(results["best"][results["metric"]]) else ["best"]
-        wrong += [name for name, rank in results["ranks"].items() if type(rank) is not int]
-        wrong += [] if type(results["budget"]["b0"]) is int else ["budget"]
+        wrong += [name for name, rank in results["ranks"].items() if rank not in RANK]
+        wrong += [] if results["budget"]["b0"] in RANK else ["budget"]
         task_of(settings).settings(settings.method, settings.optimizer)
     except DAMAGED as error:
         wrong = [repr(error)]
@@ -63,11 +68,15 @@ def can_be(value: Any, f: Field) -> bool:
     """Whether JSON's value can be this setting's: a whole number is a float, too, and text a path."""
     if f.name == "temperature":  # a list, in earlier runs
         return True
-    choices = f.metadata["options"].get("choices") if f.name != "task" else None  # it may be the user's own
     kinds = {get_origin(kind) or kind for kind in get_args(f.type) or (f.type,)}
     json_types = {float: {int, float}, Path: {str}}
-    right_type = type(value) in set().union(*(json_types.get(kind, {kind}) for kind in kinds))
-    return right_type and (choices is None or value is None or value in choices)
+    if type(value) not in set().union(*(json_types.get(kind, {kind}) for kind in kinds)):
+        return False
+    if isinstance(value, list):
+        return all(isinstance(text, str) for text in value)
+    choices = f.metadata["options"].get("choices") if f.name != "task" else None  # it may be the user's own
+    possible = f.metadata["parse"] if isinstance(f.metadata["parse"], Number) else choices
+    return value is None or possible is None or value in possible
 
 
 def find_runs(folders: list[Path]) -> Iterator[FinishedRun]:
@@ -96,24 +105,37 @@ def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
     if not path.exists():
         flag = " (it takes --track_scores)" * (name == "score_agreement.jsonl")
         raise UsageError(f"no {name}{flag}")
-    return pd.json_normalize([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    lines = pd.json_normalize([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    if not pd.to_numeric(lines["step"]).between(0, RANK.most).all():
+        raise UsageError(f"{name} is damaged")
+    return lines
 
 
 def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame:
-    """What tools.evaluate found on a split (the task's first validation), a line an evaluation."""
-    rows = pd.DataFrame(read_json(run.folder / "evaluation.json")["evaluations"])
-    task = run.task
-    ways = [name for name in (*task.tests, *task.validation) if not name.startswith("test")]
-    split = split or next((name for name in ways if name in set(rows["split"])), task.validation[0])
-    rows = rows[rows["split"] == split].copy()
+    """What tools.evaluate found on a split (the task's first validation), a line an evaluation.
+
+    Raises UsageError.
+    """
     where = {"model": run.config["model"], "data_dir": run.config["data_dir"]}
-    if any(row[key] != value for row in rows[list(where)].to_dict("records") for key, value in where.items()):
+    names = [*run.task.tests, *run.task.validation] if split is None else [split]
+    content = read_json(run.folder / "evaluation.json")
+    try:
+        rows = pd.DataFrame(content["evaluations"])
+        names = [name for name in names if not name.startswith("test") and name in set(rows["split"])]
+        rows = rows[rows["split"] == (names or [None])[0]].copy()
+        others = [row for row in rows.to_dict("records") if any(row[key] != where[key] for key in where)]
+        if "how" not in rows:  # an earlier form
+            rows["how"] = [f"tau={row.temperature:g}" if row.samples else "mean" for row in rows.itertuples()]
+        numbers = rows.drop(columns=["split", "how", *where]).astype(float)
+        numbers["samples"] = numbers["samples"].astype(int)
+        wrong = rows.empty or numbers.isna().any(axis=None) or run.task.metric not in numbers
+    except DAMAGED:
+        wrong, others = True, []
+    if wrong:
+        raise UsageError(f"evaluation.json has nothing of {split or 'validation'}, or is damaged")
+    if others:
         raise UsageError("evaluated with another model or other data than it was trained with")
-    if "how" not in rows:  # an earlier form
-        rows["how"] = [f"tau={row.temperature:g}" if row.samples else "mean" for row in rows.itertuples()]
-    if rows.empty or rows.drop(columns=["split", "how", *where]).astype(float).isna().any(axis=None):
-        raise UsageError(f"evaluation.json has nothing of {split}, or is damaged")
-    return rows.drop(columns=list(where))
+    return numbers.assign(split=rows["split"], how=rows["how"].astype(str))
 
 
 def evaluation_settings(run: FinishedRun, **given: Any) -> Settings:

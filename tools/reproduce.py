@@ -46,7 +46,7 @@ from harness.settings import IDENTITY, SHAPE, TASKS, Parser, Settings, exit_stat
 from harness.task import UsageError
 from scores import SCORES
 from tools import compare, figures, study
-from tools.finished import DAMAGED, FinishedRun, find_runs, read_evaluations, read_lines, skip
+from tools.finished import DAMAGED, RANK, FinishedRun, find_runs, read_evaluations, read_lines, skip
 
 SEEDS = (2021, 2022, 2023, 2024, 2025)
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA"}  # in the order of [C] table I
@@ -54,8 +54,7 @@ OPTIMIZERS = {"adamw": "AdamW", "ivon": "IVON"}
 OWN_PLACE = {"task", "seed", "method", "optimizer", "score", "target_rank", "demo"}  # shown by themselves
 BATCH = ["batch_size", "grad_accum", "processes"]
 # Length, batches, and checksums of data and frozen weights.
-SHAPES = {f.name: f.default for f in fields(Settings) if f.metadata["role"] == SHAPE}
-SHAPES |= {"data": None, "encoder": None}
+SHAPES = [f.name for f in fields(Settings) if f.metadata["role"] == SHAPE] + ["data", "encoder"]
 DIAGNOSTICS = ("clipped", "mean_step", "law", "h_05", "h_50", "h_95", "sigma", "sigma_cv")  # ivon.py
 GROUP = ["model", "row", "task"]  # the same for runs that differ in the seed alone
 
@@ -162,17 +161,17 @@ def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFr
     for run in find_runs(args.runs):
         try:
             line = {"run": run, "settings": departures(run.config), "found": needs(run)}
-        except (*DAMAGED, ZeroDivisionError) as error:
+        except DAMAGED as error:
             skip(run.folder, error)
             continue
         line |= {key: run.config[key] for key in ("model", "task", "method", "seed")}
         line |= {"title": run.task.folder, "metric": run.task.metric}
-        lines.append(line | {name: run.config.get(name, usual) for name, usual in SHAPES.items()})
+        lines.append(line | {name: run.config.get(name) for name in SHAPES})
     if not lines:
         raise UsageError(f"there is no run for this in {', '.join(map(str, args.runs))}")
     runs = pd.DataFrame(lines)
-    varying = runs.groupby(["model", "task", "method"])[list(SHAPES)].transform("nunique") > 1
-    shapes = runs[list(SHAPES)].astype(object).where(varying)
+    varying = runs.groupby(["model", "task", "method"])[SHAPES].transform("nunique") > 1
+    shapes = runs[SHAPES].astype(object).where(varying)
     labels = [
         with_names(of, args.name) | own.dropna().to_dict()
         for of, (_, own) in zip(runs["settings"], shapes.iterrows(), strict=True)
@@ -306,10 +305,11 @@ def draw_curves(args: Namespace) -> None:
 def print_agreement(args: Namespace) -> None:
     def agreement(run: FinishedRun) -> pd.DataFrame:
         lines = read_lines(run, "score_agreement.jsonl").assign(b0=run.results["budget"]["b0"])
-        measures = lines.filter(regex=r"^(spearman|jaccard)\.").astype(float)
-        return (
-            lines[["step", "budget", "b0"]].astype(int).join(lines["sigma_cv"].astype(float)).join(measures)
-        )
+        counts = lines[["step", "budget", "b0"]].astype(float)
+        measures = lines.filter(regex=r"^(spearman|jaccard)\.\w+/\w+$").astype(float)
+        if measures.empty or not ((counts >= 0) & (counts <= RANK.most)).all(axis=None):
+            raise UsageError("score_agreement.jsonl has no pairs of scores, or is damaged")
+        return counts.astype(int).join(lines["sigma_cv"].astype(float)).join(measures)
 
     found = {}
     for name, lines in read_found(args, agreement).items():

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FOLDERS, electra_checkpoint, write_glue
+from conftest import FOLDERS, SIZES, electra_checkpoint, write_glue
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from transformers import RobertaConfig, RobertaModel
 
 import run_glue
 from harness.glue import load_task
@@ -234,6 +237,65 @@ def test_a_damaged_model_folder_is_refused(
     check_refusal(capsys.readouterr().err, str(model), tmp_path)
 
 
+WORDS_OF, TYPES = "embeddings.word_embeddings.weight", "embeddings.token_type_embeddings.weight"
+# What is changed in config.json, tokenizer_config.json and the weights (their shape, None: NaN), and what is
+# said (None: it works).
+UNFIT = {
+    "tuples for outputs": ({"return_dict": False}, {}, {}, "'tuple' object has no attribute 'logits'"),
+    "words for a number": ({"max_position_embeddings": "x"}, {}, {}, "max_position_embeddings"),
+    "one type of token for pairs": ({}, {}, {TYPES: (1, 16)}, "does not work on texts of at most"),
+    "a small vocabulary": ({}, {}, {WORDS_OF: (9, 16)}, "token 24, the model embeds 9"),
+    "a pooler of another width": ({}, {}, {"pooler.dense.weight": (8, 16)}, None),
+    "another number of heads": ({"num_attention_heads": 3}, {}, {}, "attention heads"),
+    "no activation": ({"hidden_act": "nope"}, {}, {}, "nope"),
+    "weights that are not finite": ({}, {}, {"encoder.layer.0.output.dense.weight": None}, "are not finite"),
+    "more layers than weights": ({"num_hidden_layers": 4}, {}, {}, "bert.encoder.layer.2"),
+    "a length in words": ({}, {"model_max_length": "x"}, {}, None),
+    "no length": ({}, {"model_max_length": 0}, {}, "the model's 0 tokens"),
+    "padding upwards": ({}, {"padding_side": "up"}, {}, "up"),
+    "a problem of its own": ({"problem_type": "multi_label_classification"}, {}, {}, None),
+}
+SIZE_OF = {TYPES: "type_vocab_size", WORDS_OF: "vocab_size"}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_model_whose_parts_do_not_fit_is_refused_before_anything_is_written(
+    case: str, bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    changes, tokenizer, shapes, said = UNFIT[case]
+    model = tmp_path / "model"
+    shutil.copytree(bert, model)
+    weights = load_file(model / "model.safetensors")
+    for name, shape in shapes.items():
+        weights[name] = torch.full((1,), torch.nan).expand(weights[name].shape).contiguous()
+        if shape:
+            weights[name] = torch.zeros(shape)
+            changes = changes | ({SIZE_OF[name]: shape[0]} if name in SIZE_OF else {})
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+    for file, of in (("config.json", changes), ("tokenizer_config.json", tokenizer)):
+        (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | of))
+    data = write_glue(tmp_path / "glue", "rte")
+    argv = command(model, data, tmp_path / "run", task="rte")
+    if said is None:
+        assert run(argv) == 0
+    else:
+        assert run(argv) == 2
+        check_refusal(capsys.readouterr().err, said, tmp_path)
+
+
+def test_a_length_at_which_roberta_has_no_position_is_refused(bert: Path, tmp_path: Path, capsys):
+    """Its positions begin after that of padding: two fewer than its configuration says."""
+    shutil.copytree(bert, model := tmp_path / "model")
+    config = RobertaConfig(vocab_size=30, pad_token_id=1, max_position_embeddings=10, **SIZES)
+    RobertaModel(config).save_pretrained(model)
+    data = write_glue(tmp_path / "glue", "rte")
+    (model / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    argv = command(model, data, tmp_path / "run", task="rte")
+    assert run([*argv, "--max_length", "10"]) == 2
+    check_refusal(capsys.readouterr().err, "does not work on texts of at most 10 tokens", tmp_path)
+    assert run([*argv, "--max_length", "8"]) == 0
+
+
 def test_an_architecture_without_defaults_is_refused_with_the_maps_it_has(
     bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
@@ -373,7 +435,7 @@ def test_values_in_range_make_settings_or_are_refused_in_one_line(flags: list[tu
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(flags=st.lists(st.sampled_from(NUMBERS).flatmap(lambda f: texts_of(f, inside=True)), max_size=3))
 def test_values_in_range_train_or_end_in_one_line(
     flags: list[tuple[str, str]], bert: Path, tmp_path: Path, capsys

@@ -341,6 +341,8 @@ def test_a_share_of_train_can_be_held_out(moods: list[str], bert: Path, tmp_path
     assert read(output / "results.json")["metric"] == "macro_f1"
     evaluate.main([str(output)])
     assert [row["split"] for row in read(output / "evaluation.json")["evaluations"]] == ["holdout"]
+    with pytest.raises(UsageError, match="no test split: give --test_file"):
+        evaluate.main([str(output), "--predict", str(tmp_path / "out.tsv")])
 
 
 @pytest.mark.parametrize("task", ["sst2", "stsb"])
