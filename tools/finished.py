@@ -44,12 +44,15 @@ def read_run(folder: Path) -> FinishedRun:
         if not (folder / name).is_file():
             raise UsageError(f"{folder} {what}: it has no {name}")
     config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
+    null = {name for name, value in config.items() if value is None}
     config = {f.name: f.default for f in fields(Settings)} | config  # an earlier run has fewer
     try:
         settings = Settings.from_config(config)
         settled = ("task", "model", "batch_size", "total_steps", "max_length", "eval_every")
         wrong = [f.name for f in fields(Settings) if not can_be(config[f.name], f)]
         wrong += [name for name in settled if not config[name]]
+        own = {settings.method, settings.optimizer}
+        wrong += [f.name for f in fields(Settings) if own & {*f.metadata["only"]} and f.name in null]
         wrong += [name for name in ("encoder", "data") if type(config.get(name, "")) is not str]
         wrong += [name for name in IN_RESULTS if config[name] != results[name]]
         wrong += [] if results["metric"] == task_of(settings).metric else ["metric"]
