@@ -65,8 +65,8 @@ def setting(group: str | None, default: Any, role: str, parse=None, about="", on
     return field(default=default, metadata=locals())
 
 
-positive, from_0, epochs, ess = Number(1e-15), Number(0), Number(1e-15, 1e6), Number(1e-15, 1e30)
-count, few, seed = whole(1), partial(whole, most=10**4), whole(0, 2**63 - 1)
+positive, from_0, any_ess = Number(1e-15), Number(0), Number(1e-15, 1e30)
+count, few, any_seed = whole(1), partial(whole, most=10**4), whole(0, 2**63 - 1)
 run, ivon = partial(setting, "the run"), partial(setting, "IVON", only=("ivon",))
 OWN = "data of your own"
 own = partial(setting, OWN)
@@ -91,10 +91,10 @@ class Settings:
     model: str | None = run(None, NOTHING, None, f"a Hub name or a local checkpoint folder ({MODEL})")
     data_dir: Path | None = run(None, NOTHING, Path, "a folder in GLUE's own layout (the Hub's copy)")
     holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to evaluate on, not on validation")
-    holdout_seed: int = run(0, SHAPE, seed, "of that split")
+    holdout_seed: int = run(0, SHAPE, any_seed, "of that split")
     demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
-    seed: int = run(2021, IDENTITY, seed, "of everything random")
-    epochs: float | None = run(None, NOTHING, epochs, "set by the task, like every flag without a default")
+    seed: int = run(2021, IDENTITY, any_seed, "of everything random")
+    epochs: float | None = run(None, NOTHING, positive, "set by the task, like every flag without a default")
     max_steps: int | None = run(None, NOTHING, count, "updates in all, instead of epochs")
     processes: int = derived(1, SHAPE)
     train_size: int | None = derived(None, SHAPE)
@@ -106,7 +106,7 @@ class Settings:
     lr: float | None = run(None, IDENTITY, positive, "peak: one warm-up, one linear decay")
     weight_decay: float | None = run(None, IDENTITY, from_0, "of AdamW, or IVON's δ")
     mc_samples: int | None = ivon(None, IDENTITY, few(1), "draws in an update (1)")
-    ess: float | None = ivon(None, IDENTITY, ess, "effective sample size (training examples; LoRA 1e10)")
+    ess: float | None = ivon(None, IDENTITY, any_ess, "effective sample size (training examples; LoRA 1e10)")
     hess_init: float | None = ivon(None, IDENTITY, positive, "h0 (1; LoRA 1e-4)")
     beta2: float | None = ivon(None, IDENTITY, Number(0, 1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
     clip_radius: float | None = ivon(None, IDENTITY, positive, "ξ (0.001)")
@@ -254,6 +254,8 @@ class Settings:
         values = {**task_of(self).settings(self.method, self.optimizer), **given}
         per_epoch = math.ceil(train_size / (self.batch_size * self.grad_accum * self.processes))
         T = self.max_steps or math.ceil(values["epochs"] * per_epoch)
+        if T not in count:
+            raise UsageError(f"--epochs {self.epochs:g} makes {T} updates; at most {count.most} can be")
         for name in ("warmup_steps", "first_steps", "tinit", "tfinal", "delta_t"):
             if getattr(self, name) is None:
                 values[name] = values[name] * T // values["total_steps"]

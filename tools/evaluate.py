@@ -27,7 +27,7 @@ from harness import files
 from harness.batches import evaluation_split, tokenize
 from harness.prediction import judge, predict, predict_from_draws
 from harness.run_folder import EVALUATION, POSTERIOR
-from harness.settings import Parser, check_device, exit_status, few, from_0, seed, task_of, whole
+from harness.settings import Parser, any_seed, check_device, exit_status, few, from_0, task_of, whole
 from harness.task import Task, UsageError
 from tools.calibrate import FITTED, Predictor, fitted, thinned
 from tools.finished import evaluation_settings, load_model, read_run
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--split", help="of the data (the task's validation; for --predict its test)")
     parser.add_argument("--fit", metavar="SPLIT", help="also what is fitted on this split, and costs nothing")
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
-    parser.add_argument("--seed", type=seed, help="of the draws (as in the run, like all that follow)")
+    parser.add_argument("--seed", type=any_seed, help="of the draws (as in the run, like all that follow)")
     parser.add_argument("--model", help="where the base model is now")
     parser.add_argument("--data_dir", type=Path, help="a folder in GLUE's own layout, or with your own files")
     parser.add_argument("--test_file", type=Path, help="of your own data, for a run with --train_file")

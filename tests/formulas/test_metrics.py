@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from harness.metrics import calibration, score_agreement, task_metrics
+from harness.metrics import calibration, class_metrics, score_agreement, task_metrics
 
 TASKS = {
     "cola": {"matthews_correlation"},
@@ -115,6 +115,28 @@ def test_lists_and_arrays_are_the_same_to_it(task: str):
     predictions, labels = [0, 1, 1, 0, 1], [0, 1, 0, 0, 1]
     arrays = task_metrics(task, np.array(predictions), np.array(labels))
     assert task_metrics(task, predictions, labels) == arrays
+
+
+# --- metrics of one's own classes ---------------------------------------------------------------------------
+
+
+def test_macro_f1_of_the_hand_worked_table():
+    labels = [0, 0, 0, 1, 1, 2, 2, 2]
+    predictions = [0, 0, 1, 1, 2, 2, 2, 5]
+    # F1 of 0: 2·2/(2 + 3); of 1: 2·1/(2 + 2); of 2: 2·2/(3 + 3); of 5, which is only predicted: 0
+    got = class_metrics(predictions, labels)
+    assert got["macro_f1"] == pytest.approx((4 / 5 + 1 / 2 + 2 / 3 + 0) / 4, rel=1e-12)
+    assert got["accuracy"] == 5 / 8
+
+
+def test_macro_f1_of_two_classes_is_the_mean_of_f1_either_way_round():
+    rng = np.random.default_rng(0)
+    labels, predictions = rng.integers(0, 2, (2, 50))
+    f1 = (
+        task_metrics("mrpc", predictions, labels)["f1"],
+        task_metrics("mrpc", 1 - predictions, 1 - labels)["f1"],
+    )
+    assert class_metrics(predictions, labels)["macro_f1"] == pytest.approx(sum(f1) / 2, rel=1e-12)
 
 
 # --- calibration --------------------------------------------------------------------------------------------
