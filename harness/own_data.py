@@ -25,8 +25,10 @@ COLUMNS = (  # without --columns, the first of these that the training file has
     ("sentence", "label"),
     ("text", "label"),
 )
+TEXT = ("text1", "text2")  # what the text columns are called from here on
 METRICS = {"classes": ("accuracy", "macro_f1"), "numbers": ("pearson_spearman", "pearson", "spearman")}
 DIALECTS = {".csv": {"strict": True}, ".tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+LARGEST = 1e15  # number as a label: its square is within float32
 KINDS = (*DIALECTS, ".json", ".jsonl", ".parquet")
 
 
@@ -39,7 +41,7 @@ def own_task(
         name,
         folder=name,
         load=partial(load, files, columns, labels),
-        text=tuple(columns[:-1]),
+        text=TEXT[: len(columns) - 1],
         labels=tuple(labels),
         metrics=class_metrics if labels else partial(task_metrics, "stsb"),
         metric=metric,
@@ -51,11 +53,18 @@ def own_task(
     )
 
 
+def check_file(path: Path) -> None:
+    """Raise UsageError, or OSError, unless the path is a file of a kind that can be read."""
+    if path.suffix.lower() not in KINDS:
+        raise UsageError(f"{path}: a data file's name ends in {', '.join(KINDS)}")
+    path.open("rb").close()
+
+
 def describe(path: Path, columns: list[str] | None, regression: bool) -> tuple[list[str], list[str], int]:
     """Of a training file: its columns, its labels' names in order ([]: a regression), how many examples.
 
-    The labels are numbers if each is one and any has a decimal point, or with `regression`; otherwise they
-    are names of classes. Raises UsageError.
+    The labels are numbers if each is one and any is not whole as it is written, or with `regression`;
+    otherwise they are names of classes. Raises UsageError.
     """
     rows = list(read_rows(path))
     there = rows[0][1]
@@ -67,16 +76,16 @@ def describe(path: Path, columns: list[str] | None, regression: bool) -> tuple[l
     if numbers or regression:
         for row, text in labels.items():
             if not is_number(text):
-                raise UsageError(f"{path}:{row}: the label {text!r} is not a number, and others are")
+                raise UsageError(f"{path}:{row}: the label {shown(text)} is not a number, and others are")
+    counts = Counter(labels.values())
+    if len(counts) == 1:
+        raise UsageError(f"{path}: every example has the label {shown(*counts)}; there must be two or more")
     if regression:
         return columns, [], len(rows)
-    counts = Counter(labels.values())
     for row, text in labels.items():
         if counts[text] == 1:
-            mend = "add others, or take it out; --regression if labels are numbers"
-            raise UsageError(f"{path}:{row}: the only example with the label {text!r}: {mend}")
-    if len(counts) == 1:
-        raise UsageError(f"{path}: every example has the label {text!r}; there must be two or more")
+            mend = "add others, take it out, or give --regression if labels are numbers"
+            raise UsageError(f"{path}:{row}: the only example with the label {shown(text)}: {mend}")
     return columns, sorted(counts, key=int if numbers else str), len(rows)
 
 
@@ -87,6 +96,8 @@ def load(
     """As glue.load_task. With `data_dir`, the files of the same names in that folder."""
     from datasets import Dataset  # which takes seconds
 
+    if data_dir and len({path.name for path in files.values()}) < len(files):
+        raise UsageError(f"--data_dir {data_dir}: two of the run's files have one name, and cannot be there")
     loaded = {}
     for split in splits or files:
         path = Path(data_dir) / files[split].name if data_dir else files[split]
@@ -101,46 +112,59 @@ def read_examples(path: Path, columns: list[str], labels: list[str], labelled: b
     empty = []
     for idx, (row, fields) in enumerate(read_rows(path)):
         if idx == 0:
-            labelled = labelled or label in fields
             check_columns(path, fields, columns if labelled else texts)
-        example = {"idx": idx, "label": -1}
-        for name in texts:
-            example[name] = fields.get(name)
-            if not isinstance(example[name], str):
-                raise UsageError(f"{path}:{row}: {name} is {json.dumps(example[name])}, which is not text")
-            empty += [] if example[name].strip() else [row]
-        if labelled:
+        example = {"idx": idx, "label": -1 if labels else math.nan}
+        for key, name in zip(TEXT, texts, strict=False):
+            if not isinstance(fields.get(name), str):
+                raise UsageError(f"{path}:{row}: {name} is {shown(fields.get(name))}, which is not text")
+            example[key] = fields[name]
+            empty += [] if fields[name].strip() else [row]
+        if labelled or has_label(fields.get(label), labels):
             text = label_text(path, row, fields.get(label))
             if labels and text not in labels:
                 names = ", ".join(labels)[:200]
-                raise UsageError(f"{path}:{row}: the training file has no label {text!r} ({names})")
+                raise UsageError(f"{path}:{row}: the training file has no label {shown(text)} ({names})")
             if not labels and not is_number(text):
-                raise UsageError(f"{path}:{row}: the label {text!r} is not a number")
+                raise UsageError(f"{path}:{row}: the label {shown(text)} is not a number up to {LARGEST:g}")
             example["label"] = labels.index(text) if labels else float(text)
         yield example
     if empty:
         sys.stderr.write(f"{path}:{empty[0]}: an empty sentence is kept ({len(empty)} in all)\n")
 
 
+def has_label(value: Any, labels: list[str]) -> bool:
+    """Whether a test file's row has one: none is an empty field, or −1 for a class."""
+    return value not in (None, "") and not (labels and str(value) == "-1" and "-1" not in labels)
+
+
 def check_columns(path: Path, there: Collection[str], columns: list[str]) -> None:
     if missing := [name for name in columns if name not in there]:
-        names = ", ".join(map(str, there))[:200]
-        raise UsageError(f"{path} has no column {missing[0]!r} but {names}; --columns names text and label")
+        names = ", ".join(map(repr, there))[:200]
+        mend = "--columns names text and label"
+        if len(there) == 1 and path.suffix in DIALECTS:
+            mend = "is it separated by commas (.csv) or tabs (.tsv)?"
+        raise UsageError(f"{path} has no column {missing[0]!r} but {names}; {mend}")
 
 
 def label_text(path: Path, row: int, value: Any) -> str:
     """A label as text, as JSON would write it."""
-    text = value if isinstance(value, str) else json.dumps(value)
-    if value is None or not text.strip():
+    if value is None or (isinstance(value, str) and not value.strip()):
         raise UsageError(f"{path}:{row}: there is no label")
-    return text.strip()
+    if not isinstance(value, (str, bool, int, float)):
+        raise UsageError(f"{path}:{row}: the label is {shown(value)}, which is neither a word nor a number")
+    return value.strip() if isinstance(value, str) else json.dumps(value)
 
 
 def is_number(text: str) -> bool:
     try:
-        return math.isfinite(float(text))
+        return abs(float(text)) <= LARGEST and "_" not in text
     except ValueError:
         return False
+
+
+def shown(value: Any) -> str:
+    """For a message, which is one line."""
+    return repr(value)[:80]
 
 
 # ---- the files -----------------------------------------------------------------------------------------
@@ -149,8 +173,6 @@ def is_number(text: str) -> bool:
 def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each example's row, and its fields by column. Raises UsageError ("file:row: what"), OSError."""
     kind, empty = path.suffix.lower(), True
-    if kind not in KINDS:
-        raise UsageError(f"{path}: a data file's name ends in {', '.join(KINDS)}")
     read = read_table if kind in DIALECTS else read_parquet if kind == ".parquet" else read_json_lines
     for row, fields in read(path):
         empty = False
@@ -168,7 +190,7 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.reader(file, **DIALECTS[path.suffix.lower()])
         try:
-            header = next(reader, [])
+            header = next(filter(None, reader), [])
             check_no_duplicates(path, 1, header)
             for fields in filter(None, reader):  # no blank lines
                 if len(fields) != len(header):
@@ -203,10 +225,12 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from datasets import ClassLabel, Dataset
 
     try:
-        table = pyarrow.parquet.read_table(path)
+        kinds = pyarrow.parquet.read_schema(path)
+        plain = [field.name for field in kinds if not pyarrow.types.is_nested(field.type)]
+        check_no_duplicates(path, 1, plain)
+        table = pyarrow.parquet.read_table(path, columns=plain)
     except pyarrow.ArrowException as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    check_no_duplicates(path, 1, table.column_names)
     data = Dataset(table)
     classes = {name: f.names for name, f in data.features.items() if isinstance(f, ClassLabel)}
     for row, fields in enumerate(data, start=1):

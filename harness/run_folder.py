@@ -276,7 +276,7 @@ def is_finished(folder: Path) -> bool:
 
 def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     """Raise UsageError for the first setting or checksum that differs from the run's in the folder."""
-    data = "--train_file" if settings["train_file"] else "--data_dir"
+    data = "a file of --train_file or --validation_file" if settings["train_file"] else "--data_dir"
     own = {"encoder": f"--model {settings['model']} has other weights", "data": f"{data} has other data"}
     compared = {f.name: f.metadata["group"] for f in fields(Settings) if f.metadata["role"] != NOTHING}
     for name in [*own, *compared]:

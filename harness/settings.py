@@ -126,12 +126,12 @@ class Settings:
     eval_batch_size: int = evaluation(128, NUMERICS, count)
     eval_samples: int = evaluation(0, NUMERICS, few(0), "draws to average predictions over (0: none)")
     temperature: float | None = evaluation(None, NUMERICS, from_0, "τ: draw with variance τσ² (1)")
-    train_file: Path | None = own(None, NOTHING, Path, "instead of --task: .csv, .tsv, .jsonl, .parquet")
+    train_file: Path | None = own(None, NOTHING, Path, "instead of --task: .csv, .tsv, .json(l), .parquet")
     validation_file: Path | None = own(None, NOTHING, Path, "or --holdout")
     test_file: Path | None = own(None, NOTHING, Path, "for tools.evaluate --predict")
     columns: list[str] | None = own(None, NUMERICS, None, COLUMNS_HELP, nargs="+", metavar="NAME")
     regression: bool = own(False, NUMERICS, None, "labels are numbers (known by a decimal point in any)")
-    metric: str | None = own(None, NUMERICS, None, METRIC_HELP, choices=sum(own_data.METRICS.values(), ()))
+    metric: str | None = own(None, SHAPE, None, METRIC_HELP, choices=sum(own_data.METRICS.values(), ()))
     name: str | None = own(None, NOTHING, None, "of the task and output folder (the training file's)")
     device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     bf16: bool = machine(False, NUMERICS, None, "the frozen backbone's products in bfloat16")
@@ -214,11 +214,16 @@ class Settings:
             raise UsageError("--train_file is instead of --task, --demo and --data_dir: leave these out")
         if not s.validation_file and not s.holdout:
             raise UsageError("--validation_file is missing: give one, or --holdout 0.1 for a share of train")
-        name = s.train_file.stem if s.name is None else s.name
-        if name in (*TASKS, "demo") or not re.fullmatch(r"[\w.-]+", name):
-            raise UsageError(f"--name {name}: letters, digits, dots and dashes, and not a GLUE task's name")
-        if s.columns and len(s.columns) not in (2, 3):
+        name, taken = (
+            s.train_file.stem if s.name is None else s.name,
+            {task.folder for task in TASKS.values()},
+        )
+        if name.lower() in {"demo", *TASKS, *map(str.lower, taken)} or not re.fullmatch(r"[\w.-]+", name):
+            raise UsageError(f"--name {name}: give letters, digits, '.', '-' or '_', not a GLUE task's name")
+        if s.columns and not 2 <= len(set(s.columns)) == len(s.columns) <= 3:
             raise UsageError(f"--columns {' '.join(s.columns)}: give one or two of text, then the label")
+        for file in filter(None, (s.train_file, s.validation_file, s.test_file)):
+            own_data.check_file(file)
         columns, labels, size = own_data.describe(s.train_file, s.columns, s.regression)
         metrics = own_data.METRICS["classes" if labels else "numbers"]
         metric = s.metric or metrics[0]
@@ -350,5 +355,6 @@ def exit_status(main: Callable[[], None], program: str) -> int:
     else:
         return 0
     kind = "error: " if status == 2 else ""
-    sys.stderr.write(f"{program}: {kind}{' '.join(message.split())}\n")  # one line, whatever a library says
+    line = " ".join(message.split())[:2000]  # one, whatever a library says
+    sys.stderr.write(f"{program}: {kind}{line}\n")
     return status

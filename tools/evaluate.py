@@ -67,7 +67,13 @@ def check(args: Namespace, task: Task) -> list[str]:
     for path in [args.predict] if args.predict else [args.run / name for name in EVALUATION]:
         files.check_writable(path, path)
     tests = [split for split in task.splits if split.startswith("test")]
-    names = [args.split] if args.split is not None else tests[:1] if args.predict else list(task.validation)
+    names = (
+        [args.split]
+        if args.split is not None
+        else tests[:1]
+        if args.predict or args.test_file
+        else list(task.validation)
+    )
     if not names:
         raise UsageError(f"{task.name} has no test split: give --test_file, or --split")
     for flag, name in {"--split": names[0], "--fit": args.fit}.items():
@@ -91,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     given = ("seed", "model", "data_dir", "test_file", "eval_batch_size", "device")
     given = {name: getattr(args, name) for name in given}
     s = evaluation_settings(run, **given)
-    if args.test_file and not s.train_file:
-        raise UsageError(f"--test_file is for a run with --train_file, and {args.run} is of {s.task}")
+    if args.test_file and (not s.train_file or args.data_dir):
+        raise UsageError("--test_file is for a run with --train_file, and without --data_dir")
     task = task_of(s)
     names = check(args, task)
     check_device(s.device)
@@ -113,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"predictions of {len(predictions)} examples in {args.predict}")
             return
         for name in splits:
-            if (splits[name].labels < 0).any():
+            if lacks_labels(splits[name].labels):
                 raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
         if args.fit:
             seen = thinned(splits[args.fit], FIT_ON)
@@ -135,6 +141,13 @@ def main(argv: list[str] | None = None) -> None:
         raise UsageError(f"{error}: is --temperature too high?") from None
     rows.sort(key=lambda row: names.index(row["split"]))
     record(args.run, rows, saved)
+
+
+def lacks_labels(labels: Tensor) -> bool:
+    """Class −1 stands for none; of numbers NaN does, and in GLUE's test split −1."""
+    if labels.is_floating_point():
+        return bool(labels.isnan().any() or (labels == -1).all())
+    return bool((labels < 0).any())
 
 
 def record(folder: Path, rows: list[dict], predictions: dict[str, Tensor]) -> None:
@@ -160,7 +173,8 @@ def write_submission(path: Path, index: Sequence[int], predictions: Tensor, task
     table = {"index": index, "prediction": predictions.tolist()}
     if task.labels:
         table["prediction"] = [task.written[i] for i in predictions.argmax(-1)]
-        table |= dict(zip(task.labels, predictions.T.tolist(), strict=True))
+        names = [f"p({label})" if label in table else label for label in task.labels]
+        table |= dict(zip(names, predictions.T.tolist(), strict=True))
     files.write_whole(path, pd.DataFrame(table).to_csv(sep="\t", index=False).encode())
 
 

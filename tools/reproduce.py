@@ -402,6 +402,8 @@ def print_calibration(args: Namespace) -> None:
     if not args.o:
         return
     panels = {name: {} for name, frame in found.items() if "nll" in frame}  # regression has no probabilities
+    if not panels:
+        raise UsageError("there is nothing to draw: a regression predicts no probabilities")
     for name in panels:
         frame = found[name]
         shown = frame[frame["key"].isin(["mean", "tau=1", "temperature scaling"])]

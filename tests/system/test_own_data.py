@@ -2,7 +2,10 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +106,7 @@ def test_every_format_gives_the_same_text_and_labels(write: Callable, labels: li
     assert (columns, n) == (["text", "label"], 8)
     assert names == {"no": ["no", "yes"], 1: ["0", "1"], 0.5: []}[labels[0]]
     data = load({"train": path}, columns, names)["train"]
-    assert data["text"][:] == ANY_LANGUAGE
+    assert data["text1"][:] == ANY_LANGUAGE
     assert data["label"][:2] == ({"no": [0, 1], 1: [1, 0], 0.5: [0.5, 2.0]}[labels[0]])
     assert data["idx"][:] == list(range(8))
 
@@ -114,7 +117,7 @@ def test_a_csv_field_may_have_commas_quotation_marks_and_line_ends(tmp_path: Pat
     with pytest.raises(UsageError, match=r"x.csv:5: 3 fields where 2 belong \(text, label\)"):
         list(read_examples(path, ["text", "label"], ["a", "b"], True))
     path = write_csv(tmp_path / "x.csv", ["text", "label"], [[text, "a"], ["b", "b"]])
-    assert [row["text"] for row in read_examples(path, ["text", "label"], ["a", "b"], True)] == [text, "b"]
+    assert [row["text1"] for row in read_examples(path, ["text", "label"], ["a", "b"], True)] == [text, "b"]
 
 
 def test_classes_that_datasets_stored_as_numbers_have_their_names(tmp_path: Path):
@@ -149,6 +152,38 @@ def test_columns_are_found_or_named(header: list, named: list | None, found: lis
     assert describe(path, named, False)[0] == found
 
 
+def test_columns_may_have_names_that_the_program_uses(tmp_path: Path):
+    path = write_csv(tmp_path / "x.csv", ["idx", "label", "text1"], [["a", "b", "1"], ["c", "d", "2"]])
+    data = load({"train": path}, ["label", "idx", "text1"], ["1", "2"])["train"]
+    assert data[0] == {"text1": "b", "text2": "a", "label": 0, "idx": 0}
+
+
+@pytest.mark.parametrize(("labels", "no_label"), [(["no", "yes"], -1), ([], math.nan)])
+def test_a_test_file_may_have_no_labels_or_placeholders(labels: list, no_label: float, tmp_path: Path):
+    path = tmp_path / "x.jsonl"
+    label = "no" if labels else "0.5"
+    rows = [
+        {"text": "a"},
+        {"text": "b", "label": ""},
+        {"text": "c", "label": None},
+        {"text": "d", "label": label},
+    ]
+    rows += [{"text": "e", "label": -1}] if labels else []
+    path.write_text("\n".join(map(json.dumps, rows)))
+    found = load({"test": path}, ["text", "label"], labels)["test"]["label"][:]
+    expected = [no_label] * 3 + ([0, no_label] if labels else [0.5])
+    assert np.array_equal(found, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", ["date", "Decimal", "bytes", "list"])
+def test_a_parquet_label_that_is_no_word_or_number_is_refused(kind: str, tmp_path: Path):
+    odd = {"date": date(2024, 1, 1), "Decimal": Decimal("1.5"), "bytes": b"x", "list": [1]}[kind]
+    path = tmp_path / "x.parquet"
+    pd.DataFrame({"text": ["a", "b"], "label": [odd, odd], "more": [{"a": 1}, {"a": 2}]}).to_parquet(path)
+    with pytest.raises(UsageError, match=r"x\.parquet"):
+        describe(path, None, False)
+
+
 # --- refusals -----------------------------------------------------------------------------------------------
 
 HEADER, GOOD = ["text", "label"], [["a", "x"], ["b", "y"], ["c", "x"], ["d", "y"]]
@@ -160,7 +195,13 @@ BAD_ROWS = {
         ":3: ",
         "no label 'z' (x, y)",
     ),
-    "no such column": ("train", ["text", "target"], GOOD, "train.csv ", "no column 'label' but text, target"),
+    "no such column": (
+        "train",
+        ["text", "target"],
+        GOOD,
+        "train.csv ",
+        "no column 'label' but 'text', 'target'",
+    ),
     "nothing in it": ("train", HEADER, [], "train.csv ", "no examples"),
     "nothing at all": ("dev", [], [], "dev.csv ", "no examples"),
     "one example of a class": (
@@ -215,10 +256,10 @@ BAD_JSON = {
     "an array": ('[{"text": "a", "label": 1}]', ":1: not JSON lines: a line is one object"),
     "deep nesting": ("[" * 100_000, ":1: not JSON lines"),
     "a number for text": ('{"text": "a", "label": "b"}\n{"text": 5, "label": "b"}', ":2: text is 5"),
-    "no text": ('{"text": "a", "label": "b"}\n{"label": "b"}', ":2: text is null, which is not text"),
+    "no text": ('{"text": "a", "label": "b"}\n{"label": "b"}', ":2: text is None, which is not text"),
     "half a character": ('{"text": "\\ud800", "label": "b"}', ":1: not UTF-8"),
     "a name twice": ('{"text": "a", "label": 1, "label": 2}', ":1: there are two columns 'label'"),
-    "another kind of label": ('{"text": "a", "label": [1]}', ":1: the training file has no label '[1]'"),
+    "another kind of label": ('{"text": "a", "label": [1]}', ":1: the label is [1], which is neither"),
 }
 
 
@@ -246,6 +287,11 @@ FLAGS = {
     "a test file alone": (["--demo", "--test_file", "T"], "--test_file"),
     "a missing file": (["--train_file", "nowhere.csv", "--holdout", "0.2"], "nowhere.csv"),
     "a file of another kind": (["--train_file", "x.xlsx", "--holdout", "0.2"], "x.xlsx"),
+    "a test file that is not there": (
+        ["--train_file", "T", "--holdout", "0.2", "--test_file", "x.csv"],
+        "x.csv",
+    ),
+    "a column twice": (["--train_file", "T", "--holdout", "0.2", "--columns", "text", "text"], "--columns"),
     "a folder": (["--train_file", "F", "--holdout", "0.2"], ".csv"),
 }
 
@@ -365,6 +411,39 @@ def test_glue_as_csv_gives_the_results_of_the_task(task: str, bert: Path, tmp_pa
     }
     a, b = (load_file(tmp_path / name / "adapter/adapter.safetensors") for name in "ab")
     assert all(torch.equal(a[name], b[name]) for name in b)
+
+
+def test_a_regression_with_negative_numbers_is_evaluated(bert: Path, tmp_path: Path):
+    rows = [[text, i - 2.5] for i, text in enumerate(TEXTS[:12])]
+    path, output = write_csv(tmp_path / "x.csv", HEADER, rows), tmp_path / "run"
+    flags = ["--train_file", str(path), "--validation_file", str(path), "--model", str(bert), *SHORT]
+    assert run([*flags, "--output_dir", str(output)]) == 0
+    evaluate.main([str(output)])
+    with pytest.raises(UsageError, match="two of the run's files have one name"):
+        evaluate.main([str(output), "--data_dir", str(tmp_path)])
+
+
+def test_classes_called_index_and_prediction_do_not_replace_these_columns(bert: Path, tmp_path: Path):
+    rows = [[text, ["index", "prediction"][i % 2]] for i, text in enumerate(TEXTS[:12])]
+    path, output = write_csv(tmp_path / "x.csv", HEADER, rows), tmp_path / "run"
+    flags = ["--train_file", str(path), "--holdout", "0.25", "--model", str(bert), *SHORT]
+    assert run([*flags, "--output_dir", str(output)]) == 0
+    evaluate.main([str(output), "--predict", str(tmp_path / "out.tsv"), "--test_file", str(path)])
+    header = (tmp_path / "out.tsv").read_text().splitlines()[0]
+    assert header.split("\t") == ["index", "prediction", "p(index)", "p(prediction)"]
+
+
+def test_runs_judged_by_other_metrics_are_rows_of_their_own(
+    moods: list[str], bert: Path, tmp_path: Path, capsys
+):
+    for metric in ("accuracy", "macro_f1"):
+        flags = [*moods, "--model", str(bert), *SHORT, "--metric", metric]
+        assert run([*flags, "--output_dir", str(tmp_path / "runs" / metric)]) == 0
+    capsys.readouterr()
+    reproduce.main(["table", str(tmp_path / "runs")])
+    table = capsys.readouterr().out
+    assert "(metric accuracy)" in table
+    assert "(metric macro_f1)" in table
 
 
 def test_empty_sentences_are_kept_counted_and_said(tmp_path: Path, capsys):
