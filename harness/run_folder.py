@@ -275,21 +275,29 @@ def is_finished(folder: Path) -> bool:
 
 
 def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
-    """Raise UsageError for the first setting or checksum that differs from the run's in the folder."""
-    data = "a file of --train_file or --validation_file" if settings["train_file"] else "--data_dir"
-    own = {"encoder": f"--model {settings['model']} has other weights", "data": f"{data} has other data"}
-    compared = {f.name: f.metadata["group"] for f in fields(Settings) if f.metadata["role"] != NOTHING}
-    for name in [*own, *compared]:
+    """Raise UsageError for the first setting or checksum that differs from the run's in the folder.
+
+    What says which data a run has comes before their checksum.
+    """
+    own = settings["train_file"] is not None
+    data = "a file of --train_file or --validation_file" if own else "--data_dir"
+    checksums = {
+        "encoder": f"--model {settings['model']} has other weights",
+        "data": f"{data} has other data",
+    }
+    groups = {f.name: f.metadata["group"] for f in fields(Settings) if f.metadata["role"] != NOTHING}
+    said = {name: f"--{name}" if group else name for name, group in groups.items()}
+    said |= {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
+    said |= {"task": "--name"} if own else {}
+    for name in dict.fromkeys(["encoder", "task", "holdout", "holdout_seed", "data", *groups]):
         now = settings.get(name)
         then = before.get(name, now)
         if name == "device":  # any GPU is as good
             now, then = (str(device).split(":")[0] for device in (now, then))
-        if now != then and name in own:
-            raise UsageError(f"{own[name]} than the run in {folder} had")
+        if now != then and name in checksums:
+            raise UsageError(f"{checksums[name]} than the run in {folder} had")
         if now != then:
-            derived = {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
-            flag = f"--{name}" if compared[name] else derived.get(name, name)
-            raise UsageError(f"{flag} is {now}, but was {then} for the run in {folder}: give the same")
+            raise UsageError(f"{said[name]} is {now}, but was {then} for the run in {folder}: give the same")
 
 
 def provenance(device: torch.device) -> dict:

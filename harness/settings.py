@@ -214,11 +214,9 @@ class Settings:
             raise UsageError("--train_file is instead of --task, --demo and --data_dir: leave these out")
         if not s.validation_file and not s.holdout:
             raise UsageError("--validation_file is missing: give one, or --holdout 0.1 for a share of train")
-        name, taken = (
-            s.train_file.stem if s.name is None else s.name,
-            {task.folder for task in TASKS.values()},
-        )
-        if name.lower() in {"demo", *TASKS, *map(str.lower, taken)} or not re.fullmatch(r"[\w.-]+", name):
+        name = s.train_file.stem if s.name is None else s.name
+        taken = {"demo", *TASKS, *(task.folder.lower() for task in TASKS.values())}
+        if name.lower() in taken or not re.fullmatch(r"[\w.-]+", name):
             raise UsageError(f"--name {name}: give letters, digits, '.', '-' or '_', not a GLUE task's name")
         if s.columns and not 2 <= len(set(s.columns)) == len(s.columns) <= 3:
             raise UsageError(f"--columns {' '.join(s.columns)}: give one or two of text, then the label")
@@ -229,8 +227,8 @@ class Settings:
         metric = s.metric or metrics[0]
         if metric not in metrics:
             raise UsageError(f"--metric {metric}: with these labels it is {' or '.join(metrics)}")
-        own = {"task": name, "name": name, "columns": columns, "labels": labels, "metric": metric}
-        return replace(s, **own, regression=not labels, train_size=size)
+        found = {"task": name, "name": name, "columns": columns, "labels": labels, "metric": metric}
+        return replace(s, **found, regression=not labels, train_size=size)
 
     def with_ranks(self) -> "Settings":
         if self.method == "full":

@@ -23,7 +23,7 @@ from harness.task import Task, UsageError
 # What reading a file raises that is not what a run writes.
 DAMAGED = (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 DAMAGED += (RecursionError,)
-RANK = whole(0)
+COUNT = whole(0)  # what a step, a rank or a budget can be
 
 
 class FinishedRun(NamedTuple):
@@ -57,8 +57,8 @@ def read_run(folder: Path) -> FinishedRun:
         wrong += [name for name in IN_RESULTS if config[name] != results[name]]
         wrong += [] if results["metric"] == task_of(settings).metric else ["metric"]
         wrong += [] if math.isfinite(results["best"][results["metric"]]) else ["best"]
-        wrong += [name for name, rank in results["ranks"].items() if rank not in RANK]
-        wrong += [] if results["budget"]["b0"] in RANK else ["budget"]
+        wrong += [name for name, rank in results["ranks"].items() if rank not in COUNT]
+        wrong += [] if results["budget"]["b0"] in COUNT else ["budget"]
         task_of(settings).settings(settings.method, settings.optimizer)
     except DAMAGED as error:
         wrong = [repr(error)]
@@ -109,7 +109,7 @@ def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
         flag = " (it takes --track_scores)" * (name == "score_agreement.jsonl")
         raise UsageError(f"no {name}{flag}")
     lines = pd.json_normalize([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    if not pd.to_numeric(lines["step"]).between(0, RANK.most).all():
+    if not pd.to_numeric(lines["step"]).between(0, COUNT.most).all():
         raise UsageError(f"{name} is damaged")
     return lines
 
@@ -120,12 +120,12 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
     Raises UsageError.
     """
     where = {"model": run.config["model"], "data_dir": run.config["data_dir"]}
-    names = [*run.task.tests, *run.task.validation] if split is None else [split]
+    splits = [name for name in (*run.task.tests, *run.task.validation) if not name.startswith("test")]
     content = read_json(run.folder / "evaluation.json")
     try:
         rows = pd.DataFrame(content["evaluations"])
-        names = [name for name in names if not name.startswith("test") and name in set(rows["split"])]
-        rows = rows[rows["split"] == (names or [None])[0]].copy()
+        first = next((name for name in splits if name in set(rows["split"])), None)
+        rows = rows[rows["split"] == (split or first)].copy()
         others = [row for row in rows.to_dict("records") if any(row[key] != where[key] for key in where)]
         if "how" not in rows:  # an earlier form
             rows["how"] = [f"tau={row.temperature:g}" if row.samples else "mean" for row in rows.itertuples()]

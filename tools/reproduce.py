@@ -46,7 +46,7 @@ from harness.settings import IDENTITY, SHAPE, TASKS, Parser, Settings, exit_stat
 from harness.task import UsageError
 from scores import SCORES
 from tools import compare, figures, study
-from tools.finished import DAMAGED, RANK, FinishedRun, find_runs, read_evaluations, read_lines, skip
+from tools.finished import COUNT, DAMAGED, FinishedRun, find_runs, read_evaluations, read_lines, skip
 
 SEEDS = (2021, 2022, 2023, 2024, 2025)
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA"}  # in the order of [C] table I
@@ -150,7 +150,7 @@ def task_order(name: str) -> tuple:
 
 
 def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFrame:
-    """A line a run, in the paper's order: run, model, task with its title and metric, method, seed, row (its
+    """A line a run, in the paper's order: run, model, task with its title and measure, method, seed, row (its
     label), SHAPES, settings that depart from the published ones, and what it `needs` ("found").
 
     A setting of SHAPES that differs between runs of one model, task and method is in their labels. Left out
@@ -165,7 +165,7 @@ def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFr
             skip(run.folder, error)
             continue
         line |= {key: run.config[key] for key in ("model", "task", "method", "seed")}
-        line |= {"title": run.task.folder, "metric": run.task.metric}
+        line |= {"title": run.task.folder, "measure": run.task.metric}
         lines.append(line | {name: run.config.get(name) for name in SHAPES})
     if not lines:
         raise UsageError(f"there is no run for this in {', '.join(map(str, args.runs))}")
@@ -203,7 +203,7 @@ def read_found(args: Namespace, needs: Callable[[FinishedRun], pd.DataFrame]) ->
     return {
         name: pd.concat(
             [
-                run.found.assign(folder=run.run.folder, row=run.row, title=run.title, metric=run.metric)
+                run.found.assign(folder=run.run.folder, row=run.row, title=run.title, measure=run.measure)
                 for run in group.itertuples()
             ],
             ignore_index=True,
@@ -255,7 +255,7 @@ def print_table(args: Namespace) -> None:
         print(*[f"All rows: {settings_text(shared)}."] * bool(shared), sep="\n")
         for _, of in own.groupby("task"):
             lengths = " or ".join(of.apply(length_text, axis=1).unique())
-            print(f"- {of['title'].iloc[0]}: {of['metric'].iloc[0].replace('_', ' ')}; {lengths}")
+            print(f"- {of['title'].iloc[0]}: {of['measure'].iloc[0].replace('_', ' ')}; {lengths}")
 
 
 # ---- figures -------------------------------------------------------------------------------------------
@@ -296,8 +296,8 @@ def draw_curves(args: Namespace) -> None:
 
     curves = {}
     for name, lines in read_found(args, journal).items():
-        row, title, metric = lines[["row", "title", "metric"]].iloc[0]
-        place = row, title, (args.of or metric).replace("_", " ")
+        row, title, measure = lines[["row", "title", "measure"]].iloc[0]
+        place = row, title, (args.of or measure).replace("_", " ")
         curves[name] = figures.Curve(*place, over_seeds(lines, "score"), over_seeds(lines, "budget"))
     figures.save(figures.curves(curves), args.o or Path("curves.png"))
 
@@ -307,7 +307,7 @@ def print_agreement(args: Namespace) -> None:
         lines = read_lines(run, "score_agreement.jsonl").assign(b0=run.results["budget"]["b0"])
         counts = lines[["step", "budget", "b0"]].astype(float)
         measures = lines.filter(regex=r"^(spearman|jaccard)\.\w+/\w+$").astype(float)
-        if measures.empty or not ((counts >= 0) & (counts <= RANK.most)).all(axis=None):
+        if measures.empty or not ((counts >= 0) & (counts <= COUNT.most)).all(axis=None):
             raise UsageError("score_agreement.jsonl has no pairs of scores, or is damaged")
         return counts.astype(int).join(lines["sigma_cv"].astype(float)).join(measures)
 
@@ -375,8 +375,8 @@ def print_calibration_table(found: Mapping[str, pd.DataFrame]) -> None:
     """Markdown: mean ± standard deviation over seeds, in percent but for NLL and Brier score."""
     print("|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |\n" + "| --- " * 8 + "|")
     for frame in found.values():
-        for (title, row, metric, how), rows in frame.groupby(["title", "row", "metric", "how"], sort=False):
-            measures = [(metric, 100, 2), ("accuracy", 100, 2)]
+        for (title, row, measure, how), rows in frame.groupby(["title", "row", "measure", "how"], sort=False):
+            measures = [(measure, 100, 2), ("accuracy", 100, 2)]
             measures += [("nll", 1, 4), ("ece", 100, 2), ("brier", 1, 4)]
             cells = [
                 mean_text(scale * rows.get(name, pd.Series(dtype=float)), digits)
@@ -420,7 +420,7 @@ def print_temperature(args: Namespace) -> None:
         draws = {name: frame[frame["key"].str.startswith("tau=")] for name, frame in found.items()}
         drawn = {name: frame for name, frame in draws.items() if len(frame)}
         for name, frame in drawn.items():
-            drawn[name] = frame.assign(error=100 * (1 - frame[frame["metric"].iloc[0]]))
+            drawn[name] = frame.assign(error=100 * (1 - frame[frame["measure"].iloc[0]]))
         figures.save(figures.temperature(drawn), args.o)
 
 

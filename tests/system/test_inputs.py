@@ -259,6 +259,7 @@ UNFIT = {
     "more layers than weights": ({"num_hidden_layers": 4}, {}, {}, "bert.encoder.layer.2"),
     "a length in words": ({}, {"model_max_length": "x"}, {}, None),
     "no length": ({}, {"model_max_length": 0}, {}, "the model's 0 tokens"),
+    "weights cut short": ({}, {}, "cut", "cannot be loaded"),
     "padding upwards": ({}, {"padding_side": "up"}, {}, "up"),
     "a problem of its own": ({"problem_type": "multi_label_classification"}, {}, {}, None),
 }
@@ -273,12 +274,14 @@ def test_a_model_whose_parts_do_not_fit_is_refused_before_anything_is_written(
     model = tmp_path / "model"
     shutil.copytree(bert, model)
     weights = load_file(model / "model.safetensors")
-    for name, shape in shapes.items():
+    for name, shape in () if shapes == "cut" else shapes.items():
         weights[name] = torch.full((1,), torch.nan).expand(weights[name].shape).contiguous()
         if shape:
             weights[name] = torch.zeros(shape)
             changes = changes | ({SIZE_OF[name]: shape[0]} if name in SIZE_OF else {})
     save_file(weights, model / "model.safetensors", {"format": "pt"})
+    if shapes == "cut":
+        os.truncate(model / "model.safetensors", 10_000)
     for file, of in (("config.json", changes), ("tokenizer_config.json", tokenizer)):
         (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | of))
     data = write_glue(tmp_path / "glue", "rte")
@@ -474,3 +477,33 @@ def test_any_row_in_a_data_file_is_read_or_refused_in_one_line(
         refusal = str(error)
     assert refusal.startswith(str(path))
     assert "\n" not in refusal
+
+
+# --- paths --------------------------------------------------------------------------------------------------
+
+LONG = "x" * 300
+PATHS = {
+    "a loop to write to": ["--demo", "--output_dir", "loop"],
+    "a folder in a loop": ["--demo", "--output_dir", "loop/run"],
+    "a long name to write to": ["--demo", "--output_dir", LONG],
+    "a folder in a file": ["--demo", "--output_dir", "file/run"],
+    "a loop of data": ["--task", "cola", "--model", "MODEL", "--data_dir", "loop"],
+    "a long name of data": ["--task", "cola", "--model", "MODEL", "--data_dir", LONG],
+    "a loop of a file": ["--train_file", "loop.csv", "--holdout", "0.1"],
+    "a long name of a file": ["--train_file", f"{LONG}.csv", "--holdout", "0.1"],
+    "a model with a long name": ["--task", "cola", "--data_dir", str(HERE / "demo"), "--model", f"./{LONG}"],
+}
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_a_path_that_cannot_be_used_is_refused_in_one_line(
+    case: str, bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("loop", "loop.csv"):
+        os.symlink(f"{name}2", name)
+        os.symlink(name, f"{name}2")
+    Path("file").write_text("mine")
+    assert run([str(bert) if word == "MODEL" else word for word in PATHS[case]]) == 2
+    named = next(name for name in (LONG, "loop", "file") if any(name in word for word in PATHS[case]))
+    check_refusal(capsys.readouterr().err, named, tmp_path)

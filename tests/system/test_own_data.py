@@ -349,7 +349,17 @@ def test_a_run_is_evaluated_predicted_exported_resumed_and_tabled(
     assert (config["labels"], config["ess"]) == (["glad", "mad", "sad"], 24)
     assert (results["task"], results["metric"]) == ("moods", "accuracy")
     assert {"accuracy", "macro_f1"} < set(results["best"])
-    assert run([*moods, "--model", str(bert), *SHORT, "--resume"]) == 0
+    again = [*moods, "--model", str(bert), *SHORT, "--resume"]
+    assert run(again) == 0
+    here = ["--output_dir", str(folder)]
+    for other, said in ((["--metric", "macro_f1"], "--metric is macro_f1"), (["--name", "x"], "--name is x")):
+        assert run([*again, *here, *other]) == 2
+        assert said in capsys.readouterr().err
+    write_csv(tmp_path / "dev.csv", ["text", "label"], [["another", "sad"]])
+    assert run(again) == 2
+    assert "--validation_file has other data" in capsys.readouterr().err
+    rows = [[text, MOODS[i % 3]] for i, text in enumerate(TEXTS[:9])]
+    write_csv(tmp_path / "dev.csv", ["text", "label"], rows)
 
     evaluate.main([str(folder), "--eval_samples", "2"])
     rows = read(folder / "evaluation.json")["evaluations"]
@@ -452,10 +462,12 @@ def test_empty_sentences_are_kept_counted_and_said(tmp_path: Path, capsys):
     assert f"{path}:2: an empty sentence is kept (2 in all)\n" == capsys.readouterr().err
 
 
-def test_text_in_any_language_trains(bert: Path, tmp_path: Path):
+@pytest.mark.parametrize("tokenizer", ["bert", "deberta"])
+def test_text_in_any_language_trains(tokenizer: str, tmp_path: Path, request: pytest.FixtureRequest):
+    model = request.getfixturevalue(tokenizer)  # WordPiece, SentencePiece
     rows = [[text, f"{np.sin(i):.2f}"] for i, text in enumerate(ANY_LANGUAGE * 3)]
     path = write_csv(tmp_path / "x.csv", HEADER, rows)
     output = tmp_path / "run"
     flags = ["--train_file", str(path), "--holdout", "0.25", "--method", "lora", *SHORT]
-    assert run([*flags, "--model", str(bert), "--output_dir", str(output)]) == 0
+    assert run([*flags, "--model", str(model), "--output_dir", str(output)]) == 0
     assert read(output / "results.json")["metric"] == "pearson_spearman"
