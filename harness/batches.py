@@ -48,8 +48,8 @@ class Batches:
         self.features, self.labels, self.collate = features, labels.to(settings.device), collate
         self.lengths = torch.tensor([len(example["input_ids"]) for example in features])
         self.micro, self.by_length, self.seed = settings.batch_size, settings.group_by_length, settings.seed
-        update = settings.batch_size * settings.grad_accum * settings.processes
-        self.size = min(update, len(features))
+        # Examples in an update; beyond the data's own number a large one would overflow.
+        self.size = min(settings.batch_size * settings.grad_accum * settings.processes, len(features))
         self.per_epoch = math.ceil(len(features) / self.size)
         self.epochs: list[list[Tensor]] = []  # of the first epoch on; only the last is kept
 

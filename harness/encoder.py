@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import BatchEncoding as Batch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
 from adalora import HEADS, inject, linear_maps
 from harness.glue import check_hub
@@ -114,7 +113,9 @@ def adapt(
     return layers
 
 
-def check_works(model: PreTrainedModel, name: str, train: Batch, evaluation: Iterable[Batch]) -> None:
+def check_works(
+    model: PreTrainedModel, name: str, train: BatchEncoding, evaluation: Iterable[BatchEncoding]
+) -> None:
     """A forward pass over each batch, and a backward pass of the one to train on; nothing random happens.
 
     Raises UsageError where the model cannot.

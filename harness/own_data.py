@@ -107,7 +107,7 @@ def load(
 
 
 def read_examples(path: Path, columns: list[str], labels: list[str], labelled: bool) -> Iterator[dict]:
-    """The text columns, "label" (class index or number; −1 where a test file has none) and "idx"."""
+    """The text columns, "label" (class index or number; a test file's missing one: −1 or NaN) and "idx"."""
     *texts, label = columns
     empty = []
     for idx, (row, fields) in enumerate(read_rows(path)):

@@ -214,10 +214,9 @@ class Run:
             raise self._not_finite(f"{tensors[finite.index(False)][0]} is not finite at step {t}")
 
     def _not_finite(self, what: str) -> EndsRun:
-        mend = "a smaller --lr, with --overwrite, may help"
-        for step in list(checkpoints(self.folder / "checkpoint").values())[:1]:
-            mend = f"the checkpoint of step {step} is kept; {mend}"
-        return EndsRun(f"{what}; {mend}", 3)
+        steps = list(checkpoints(self.folder / "checkpoint").values())
+        kept = f"the checkpoint of step {steps[0]} is kept; " if steps else ""
+        return EndsRun(f"{what}; {kept}a smaller --lr, with --overwrite, may help", 3)
 
     def _evaluate(self, t: int, lr: float) -> None:
         """Judge; record; keep the adapter if it is the best so far."""

@@ -30,7 +30,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 # Roles. All but the last have to be the same in a run that is resumed.
 IDENTITY = "identity"  # decides the result: a row of the table
-SHAPE = "shape"  # the run's length and batches: in the table's caption
+SHAPE = "shape"  # the run's length, batches and measure: in the table's caption
 NUMERICS = "numerics"  # decides rounding, or what is recorded: not in the table
 NOTHING = "nothing"  # has no influence (folders: weights and data are known by their checksums)
 
@@ -130,7 +130,7 @@ class Settings:
     validation_file: Path | None = own(None, NOTHING, Path, "or --holdout")
     test_file: Path | None = own(None, NOTHING, Path, "for tools.evaluate --predict")
     columns: list[str] | None = own(None, NUMERICS, None, COLUMNS_HELP, nargs="+", metavar="NAME")
-    regression: bool = own(False, NUMERICS, None, "labels are numbers (known by a decimal point in any)")
+    regression: bool = own(False, NUMERICS, None, "labels are numbers (so they are if any is not whole)")
     metric: str | None = own(None, SHAPE, None, METRIC_HELP, choices=sum(own_data.METRICS.values(), ()))
     name: str | None = own(None, NOTHING, None, "of the task and output folder (the training file's)")
     device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
@@ -209,6 +209,7 @@ class Settings:
         return replace(s, output_dir=s.output_dir or Path("runs") / "-".join(part for part in parts if part))
 
     def _with_own_data(self) -> "Settings":
+        """Fill in what the training file says: columns, labels, metric, size. Raises UsageError."""
         s = self
         if s.task or s.demo or s.data_dir:
             raise UsageError("--train_file is instead of --task, --demo and --data_dir: leave these out")

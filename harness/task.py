@@ -24,7 +24,8 @@ class Task:
     """A data set with one or two text columns and a label, and how a model is trained on it and judged.
 
     load: (data_dir or None, names of splits or None) → the splits by name, a datasets.Dataset each, with the
-        columns `text`, "label" (class index, or for regression a float; −1 where there is none) and "idx".
+        columns `text`, "label" (class index, or for regression a float; none is −1, or NaN in the user's own
+        numbers) and "idx".
     labels: class names in the order of their indices; none for regression.
     metrics: (predictions (n,), labels (n,)) → numbers by name, among them `metric`, which decides.
     settings: (method, optimizer) → published values by the names of Settings' fields. Steps, "total_steps"

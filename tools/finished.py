@@ -120,6 +120,7 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
     Raises UsageError.
     """
     where = {"model": run.config["model"], "data_dir": run.config["data_dir"]}
+    # With --holdout the task's own validation is among its tests, and is what a study is judged by.
     splits = [name for name in (*run.task.tests, *run.task.validation) if not name.startswith("test")]
     content = read_json(run.folder / "evaluation.json")
     try:
