@@ -40,12 +40,13 @@ def train(settings: Settings) -> None:
     task = task_of(settings)
     data = task.load(settings.data_dir, ("train", *task.validation))
     torch.manual_seed(settings.seed)
-    tokenizer, model = encoder.load_encoder(settings.model, task.outputs)
-    settings = settings.resolve(len(data["train"]), encoder.default_targets(model))
+    tokenizer, model = encoder.load_model(settings, task)
+    about_model = encoder.default_targets(model), encoder.is_causal(model)
+    settings = settings.resolve(len(data["train"]), *about_model)
 
     # Inject W + s·PΛQ
     layers = encoder.adapt(model, tokenizer, settings)  # {} with --method full
-    model.to(settings.device).train()
+    model.train()
     optimizer = make_optimizer(model, settings)
     allocator = make_allocator(layers, optimizer, settings)
     sampled = getattr(optimizer, "sampled_params", no_posterior)
@@ -101,7 +102,8 @@ def batches_of(
 ) -> tuple[Batches, dict[str, Split]]:
     """Sentences as token ids: to train on, and to evaluate on by split."""
     task, collate = task_of(settings), DataCollatorWithPadding(tokenizer)
-    tokens = {name: tokenize(data[name], task, tokenizer, settings.max_length) for name in data}
+    how = tokenizer, settings.max_length, settings.causal
+    tokens = {name: tokenize(data[name], task, *how) for name in data}
     splits = {
         name: evaluation_split(*tokens[name], collate, settings.eval_batch_size) for name in task.validation
     }
@@ -118,7 +120,7 @@ def task_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def make_optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     params = [p for p in model.parameters() if p.requires_grad]
     if settings.optimizer == "ivon":
-        names = ("lr", "ess", "hess_init", "beta2", "weight_decay", "mc_samples", "clip_radius")
+        names = ("lr", "ess", "hess_init", "beta2", "weight_decay", "mc_samples", "clip_radius", "rescale_lr")
         ivon = {name: getattr(settings, name) for name in names}
         return IVON(params, **ivon, sync=settings.processes > 1)
     optimizer = torch.optim.AdamW(params, settings.lr, weight_decay=settings.weight_decay, fused=True)

@@ -27,9 +27,10 @@ sys.path.insert(0, str(ROOT))
 from step_cost import backbone  # noqa: E402
 
 from harness.batches import Split, evaluation_split, tokenize  # noqa: E402
-from harness.encoder import load_encoder, narrow_relative_positions  # noqa: E402
+from harness.encoder import load_model, narrow_relative_positions  # noqa: E402
 from harness.glue import TASKS, published  # noqa: E402
 from harness.prediction import predict  # noqa: E402
+from harness.settings import Settings  # noqa: E402
 
 
 def in_file_order(features: list[dict], labels: torch.Tensor, collate, size: int) -> Split:
@@ -53,7 +54,7 @@ def main() -> None:
     task = TASKS[args.task]
     split = task.validation[0]
     data = task.load(args.data_dir, [split])[split]
-    tokenizer, model = load_encoder(args.model, task.outputs)
+    tokenizer, model = load_model(Settings(model=args.model), task)
     if args.deberta_v3_base:
         model = backbone(12, "cpu", len(tokenizer), task.outputs)
     narrowed = copy.deepcopy(model)

@@ -47,7 +47,7 @@ def train(argv: list[str], ivon: dict) -> tuple[np.ndarray, np.ndarray, dict[str
     task = task_of(s)
     torch.manual_seed(s.seed)
     train_set = task.load(s.data_dir, ("train",))["train"]
-    tokenizer, model = encoder.load_encoder(s.model, task.outputs)
+    tokenizer, model = encoder.load_model(s, task)
     s = s.resolve(len(train_set), encoder.default_targets(model))
     layers = encoder.adapt(model, tokenizer, s)
     fused.fuse(model, layers)

@@ -1,8 +1,8 @@
-"""Sentences → token ids → batches."""
+"""Sentences or prompts → token ids → batches."""
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,19 +11,63 @@ from transformers import PreTrainedTokenizerBase
 from harness import processes
 from harness.files import checksum
 from harness.settings import Settings
-from harness.task import Task
+from harness.task import FIELD, Task, UsageError, fill_in
 
 GROUP = 50  # batches that --group_by_length sorts together
 
 
 def tokenize(
-    dataset: Mapping[str, list], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+    dataset: Any, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, causal: bool = False
 ) -> tuple[list[dict], Tensor]:
-    """Each example's token ids, unpadded, and all labels (n,): int64, or for regression float32."""
-    encoded = tokenizer(*(list(dataset[name]) for name in task.text), truncation=True, max_length=max_length)
-    examples = zip(*encoded.values(), strict=True)
-    features = [dict(zip(encoded.keys(), example, strict=True)) for example in examples]
+    """Each example's token ids, unpadded, and all labels (n,): int64, or for regression float32.
+
+    For a causal language model: of the task's prompt, with how many options the example has. Raises
+    UsageError for a prompt that does not fit into `max_length`.
+    """
+    if causal:
+        features = encode_prompts(dataset, task, tokenizer, max_length)
+    else:
+        texts = (list(dataset[name]) for name in task.text)
+        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
+        features = [
+            dict(zip(encoded, example, strict=True)) for example in zip(*encoded.values(), strict=True)
+        ]
     return features, torch.tensor(dataset["label"], dtype=torch.int64 if task.labels else torch.float32)
+
+
+def encode_prompts(
+    dataset: Any, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[dict]:
+    columns = {name: list(dataset[name]) for name in dict.fromkeys(FIELD.findall(task.prompt))}
+    examples = [dict(zip(columns, texts, strict=True)) for texts in zip(*columns.values(), strict=True)]
+    prompts = tokenizer([fill_in(task.prompt, example) for example in examples])["input_ids"]
+    options = dataset["options"] if "options" in dataset.column_names else [len(task.choices)] * len(prompts)
+    features = []
+    for i, (example, ids, n) in enumerate(zip(examples, prompts, options, strict=True)):
+        for name in sorted(task.cut, key=lambda name: -len(example[name])):  # the longest loses its end
+            if len(ids) > max_length:
+                ids = cut_prompt(task.prompt, example, name, tokenizer, max_length)
+        if len(ids) > max_length:
+            long = f"has {len(ids)} tokens without its texts: give a --max_length above {max_length}"
+            raise UsageError(f"the prompt of example {i} {long}")
+        features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "options": n})
+    return features
+
+
+def cut_prompt(
+    prompt: str, example: dict[str, str], column: str, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[int]:
+    """The prompt with as much of one column's text as `max_length` allows; `example` has it cut, too."""
+
+    def encoded(characters: int) -> list[int]:
+        return tokenizer(fill_in(prompt, example | {column: text[:characters]}))["input_ids"]
+
+    text, fits, too_many = example[column], 0, len(example[column])
+    while too_many - fits > 1:
+        middle = (fits + too_many) // 2
+        fits, too_many = (middle, too_many) if len(encoded(middle)) <= max_length else (fits, middle)
+    example[column] = text[:fits]
+    return encoded(fits)
 
 
 class Split(NamedTuple):

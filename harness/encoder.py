@@ -1,27 +1,35 @@
 """A checkpoint, from the Hub or a folder → tokenizer and model; adapters around its linear maps."""
 
+import importlib.util
+import inspect
 import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adalora import HEADS, inject, linear_maps
+from harness import processes
 from harness.glue import check_hub
 from harness.settings import Settings
-from harness.task import UsageError
+from harness.task import Task, UsageError
 
-# The linear maps of an encoder layer, by the architecture's name in its config.json.
+# The linear maps to adapt, by the architecture's name in its config.json.
 BERT = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 TARGETS = {
     "deberta-v2": ["query_proj", "key_proj", "value_proj", *BERT[3:]],  # DeBERTaV3 too
     "bert": BERT,
     "roberta": BERT,
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
+    "causal": ["q_proj", "v_proj"],  # any causal language model
 }
+CAUSAL = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}  # classes, as config.json names them
 CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
     "config": ("config.json",),
     "weights": ("*.safetensors", "pytorch_model*.bin"),
@@ -29,33 +37,62 @@ CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
 }
 
 
-def load_encoder(name: str, outputs: int) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Tokenizer, and encoder with a head of `outputs` numbers, in float32.
+def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Tokenizer and model, whose logits are (n, task.outputs): an encoder with a head, which is new and
+    random, and so depends on torch's seed; or a causal language model that answers a prompt by choosing.
 
-    The head is new and random, and so depends on torch's seed. No code of the checkpoint is run. Raises
-    UsageError, or ConnectionError if the Hub does not answer.
+    No code of the checkpoint is run. Raises UsageError, or ConnectionError if the Hub does not answer.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    name, own = settings.model, {"trust_remote_code": False}
     _check_place(name)
-    # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
-    how = {"num_labels": outputs, "dtype": torch.float32, "ignore_mismatched_sizes": True}
-    how |= {"trust_remote_code": False, "output_loading_info": True}
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(name, **how)
+        config = transformers.AutoConfig.from_pretrained(name, **own)
+        causal = not CAUSAL.isdisjoint(config.architectures or ())
+        make = transformers.AutoModelForSequenceClassification
+        # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
+        how = {"dtype": torch.float32, "num_labels": task.outputs, "ignore_mismatched_sizes": True}
+        if causal:
+            make, how = transformers.AutoModelForCausalLM, base_precision(settings)
+        check_can_do(settings, task, causal)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **own)
+        model, report = make.from_pretrained(name, **own, **how, output_loading_info=True)
+    except UsageError:
+        raise
     except Exception as error:  # a damaged checkpoint makes the libraries raise all sorts of things
         kind = UsageError if Path(name).is_dir() else ConnectionError
         raise kind(f"--model {name} cannot be loaded: {error}") from error
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if absent := sorted(key for key in absent if not is_head(key)):
-        raise UsageError(f"--model {name} lacks weights of its encoder: {absent[0]} is missing or misshapen")
-    if tokenizer.pad_token is None:
-        raise UsageError(f"--model {name}: the tokenizer has no padding token")
+    if absent := sorted(key for key in absent if causal or not is_head(key)):
+        raise UsageError(f"--model {name} lacks weights: {absent[0]} is missing or misshapen")
     highest, weights = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if highest >= weights:
         raise UsageError(f"--model {name}: the tokenizer has a token {highest}, the model embeds {weights}")
+    if causal:
+        prepare_tokenizer(tokenizer, name)
+        answer_by_choosing(model, [choice_token(tokenizer, word, task.prompt) for word in task.choices])
+    if tokenizer.pad_token is None:
+        raise UsageError(f"--model {name}: the tokenizer has no padding token")
+    if settings.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     return tokenizer, model
+
+
+def check_can_do(settings: Settings, task: Task, causal: bool) -> None:
+    """Raise UsageError for a task that an encoder, or a causal language model, cannot do."""
+    s = settings
+    if causal and not task.prompt:
+        what = "gives numbers" if not task.labels else "has no prompt: give --prompt"
+        raise UsageError(f"--model {s.model} is a causal language model, and {task.name} {what}")
+    if not causal and not task.text:
+        raise UsageError(f"--model {s.model} is an encoder: {task.name} needs a causal language model")
+    if not causal and s.prompt:
+        raise UsageError(f"--model {s.model} is an encoder, which reads no --prompt: leave it out")
+    if s.base_dtype != "float32" and (not causal or s.method == "full"):
+        raise UsageError(
+            f"--base_dtype {s.base_dtype} is for adapters in a causal language model: leave it out"
+        )
 
 
 def _check_place(name: str) -> None:
@@ -70,8 +107,12 @@ def _check_place(name: str) -> None:
         check_hub()
 
 
+def is_causal(model: PreTrainedModel) -> bool:
+    return type(model).__name__ in CAUSAL
+
+
 def default_targets(model: PreTrainedModel) -> list[str] | None:
-    return TARGETS.get(model.config.model_type)
+    return TARGETS.get("causal" if is_causal(model) else model.config.model_type)
 
 
 def is_head(name: str) -> bool:
@@ -82,7 +123,7 @@ def is_head(name: str) -> bool:
 def adapt(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> dict[str, nn.Module]:
-    """Put adapters into the model and freeze the rest but its head.
+    """Put adapters into the model, freeze the rest but an encoder's head, and move it to the device.
 
     Returns the adapters by name; {} for full fine-tuning, which freezes nothing. Raises UsageError.
     """
@@ -101,7 +142,7 @@ def adapt(
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
     for name, p in model.named_parameters():
-        if is_head(name):
+        if is_head(name) and not settings.causal:
             p.requires_grad_(True)
     limits = getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
     longest = min((n for n in limits if isinstance(n, int)), default=math.inf)
@@ -110,6 +151,8 @@ def adapt(
     if settings.bf16:  # the backbone's products; adapters and losses stay in float32
         device = torch.device(settings.device).type
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    if settings.base_dtype != "int8":  # which is there already
+        model.to(settings.device)
     return layers
 
 
@@ -127,7 +170,7 @@ def check_works(
             logits = [model(**inputs.to(model.device)).logits for inputs in evaluation]
         logits.append(model(**train.to(model.device)).logits)
         torch.autograd.grad(logits[-1].sum(), params, allow_unused=True)
-        finite = all(x.isfinite().all() for x in logits)
+        finite = all(x.softmax(-1).isfinite().all() for x in logits)  # −∞ is a choice that is absent
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever parts that do not fit make a model raise
@@ -141,6 +184,60 @@ def check_works(
 def count_parameters(model: nn.Module) -> int:
     """What is trained, without the head."""
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
+
+
+# ---- causal language models ---------------------------------------------------------------------------
+
+
+def base_precision(settings: Settings) -> dict:
+    """How from_pretrained loads the frozen weights. Raises UsageError."""
+    if settings.base_dtype != "int8":
+        return {"dtype": getattr(torch, settings.base_dtype)}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("--base_dtype int8 needs bitsandbytes: pip install bitsandbytes, or give bfloat16")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": settings.device}}
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Pad on the left, so that the last position is the prompt's; with any token, as none attends to it."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        if processes.rank() == 0:
+            sys.stderr.write(f"{name} has no padding token: {tokenizer.pad_token} is used\n")
+
+
+def choice_token(tokenizer: PreTrainedTokenizerBase, word: str, prompt: str) -> int:
+    """The token that says a word after a prompt: with its space, unless the prompt ends in white space.
+
+    Raises UsageError unless it is a single one.
+    """
+    before, space = ("\n", "") if prompt[-1:].isspace() else (":", " ")
+    head, whole = tokenizer([before, before + space + word], add_special_tokens=False)["input_ids"]
+    if len(whole) != len(head) + 1 or whole[:-1] != head:
+        raise UsageError(f"--choices: {word!r} is not a single token of this model's: give other words")
+    return whole[-1]
+
+
+def answer_by_choosing(model: PreTrainedModel, tokens: list[int]) -> None:
+    """From here on the model's logits are those of `tokens` at the last position: (n, choices).
+
+    It takes input_ids and attention_mask (n, length), padded on the left, and options (n,): how many choices
+    each example has. The logits of the others are −∞. Only the last position's are computed.
+    """
+    model.register_buffer("choice_tokens", torch.tensor(tokens), persistent=False)
+    forward, counts = model.forward, "position_ids" in inspect.signature(model.forward).parameters
+
+    def choose(input_ids: Tensor, attention_mask: Tensor, options: Tensor) -> SequenceClassifierOutput:
+        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
+        own = {"position_ids": positions} if counts else {}
+        output = forward(input_ids, attention_mask, **own, use_cache=False, logits_to_keep=1)
+        logits = output.logits[:, -1].index_select(1, model.choice_tokens).float()
+        absent = torch.arange(len(tokens), device=logits.device) >= options.unsqueeze(1)
+        return SequenceClassifierOutput(logits=logits.masked_fill(absent, -math.inf))
+
+    model.forward = choose
 
 
 # ---- DeBERTa's relative positions ----------------------------------------------------------------------

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -94,7 +95,7 @@ def checksum(tensors: Iterable[Tensor]) -> str:
     """CRC-32 of all their entries, one tensor after the other."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(tensor.detach().cpu().contiguous().numpy(), value)
+        value = zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy(), value)
     return f"{value:08x}"
 
 

@@ -19,6 +19,7 @@ from harness.metrics import task_metrics
 from harness.task import Task, UsageError
 
 HUB_DATASET = "nyu-mll/glue"
+DEMO_FOLDER = Path(__file__).resolve().parent.parent / "demo"
 HUB_SECONDS = 3  # how long the Hub may take to answer at all
 
 # ---- the papers' settings ------------------------------------------------------------------------------
@@ -109,15 +110,10 @@ def load_task(
     file is not as it should be.
     """
     if data_dir is None:
-        check_hub()  # before an import that takes seconds itself
-    from datasets import Dataset, load_dataset
-
-    if data_dir is None:
-        try:
-            loaded = dict(load_dataset(HUB_DATASET, task))
-        except Exception as error:  # of half a dozen libraries
-            raise ConnectionError(f"{HUB_DATASET} could not be loaded from the Hub: {error}") from error
+        loaded = load_from_hub(HUB_DATASET, task)
         return loaded if splits is None else {split: loaded[split] for split in splits}
+    from datasets import Dataset
+
     folder, loaded = Path(data_dir) / TASKS[task].folder, {}
     for split in TASKS[task].splits if splits is None else splits:
         path = folder / f"{split.replace('validation', 'dev')}.tsv"
@@ -133,13 +129,42 @@ def load_task(
     return loaded
 
 
+def load_from_hub(dataset: str, name: str | None = None) -> dict[str, Any]:
+    """A data set's splits. Raises ConnectionError."""
+    check_hub()  # before an import that takes seconds itself
+    from datasets import load_dataset
+
+    try:
+        return dict(load_dataset(dataset, name))
+    except Exception as error:  # of half a dozen libraries
+        raise ConnectionError(f"{dataset} could not be loaded from the Hub: {error}") from error
+
+
 def glue_task(name, folder, text, labels=(), written=DIGITS, metric="accuracy", **more) -> Task:
     functions = {"load": partial(load_task, name), "metrics": partial(task_metrics, name)}
     functions |= {"settings": partial(published, name)}
-    columns = {"text": text, "labels": labels, "written": written}
+    columns = {"text": text, "cut": text, "labels": labels, "written": written}
+    columns |= dict(zip(("prompt", "choices"), PROMPTS.get(name, ("", ())), strict=True))
     size = TABLE[name][0]
     return Task(name, folder, metric=metric, train_size=size, **columns, **functions, **more)
 
+
+# What a causal language model is asked, in the manner of BoolQ, and its answers in the order of the labels.
+ASK = "Answer the question with only True or False: "
+NO_YES, YES_NO = ("False", "True"), ("True", "False")
+PROMPTS = {
+    "cola": (ASK + "is the sentence grammatical Sentence: {sentence}", NO_YES),
+    "sst2": (ASK + "is the review positive Review: {sentence}", NO_YES),
+    "mrpc": (ASK + "do both mean the same First: {sentence1} Second: {sentence2}", NO_YES),
+    "qqp": (ASK + "do both ask the same First: {question1} Second: {question2}", NO_YES),
+    "mnli": (
+        "Answer the question with only True, Neither or False: does it follow that {hypothesis} "
+        "Context: {premise}",
+        ("True", "Neither", "False"),
+    ),
+    "qnli": (ASK + "does the context answer {question} Context: {sentence}", YES_NO),
+    "rte": (ASK + "does it follow that {sentence2} Context: {sentence1}", YES_NO),
+}
 
 # fmt: off
 MATTHEWS = "matthews_correlation"
@@ -157,7 +182,12 @@ TASKS = {task.name: task for task in (
 )}
 # fmt: on
 # The embedded data of demo/ are in CoLA's format.
-DEMO = replace(TASKS["cola"], train_size=TABLE["demo"][0], settings=partial(published, "demo"))
+DEMO = replace(
+    TASKS["cola"],
+    model=str(DEMO_FOLDER / "model"),
+    train_size=TABLE["demo"][0],
+    settings=partial(published, "demo"),
+)
 
 
 # ---- the files -----------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 
 from harness.glue import published
 from harness.metrics import class_metrics, task_metrics
-from harness.task import Task, UsageError
+from harness.task import FIELD, Task, UsageError, fill_in
 
 COLUMNS = (  # without --columns, the first of these that the training file has
     ("sentence1", "sentence2", "label"),
@@ -33,15 +33,17 @@ KINDS = (*DIALECTS, ".json", ".jsonl", ".parquet")
 
 
 def own_task(
-    name: str, files: Mapping[str, Path | None], columns: list[str], labels: list[str], metric: str, size: int
-) -> Task:
+    name: str, files: Mapping[str, Path | None], columns: list[str], labels: list[str], metric: str,
+    size: int, prompt: str | None = None, choices: Collection[str] | None = None,
+) -> Task:  # fmt: skip
     """Of files by split; no labels stand for a regression. The settings are CoLA's."""
     files = {split: path for split, path in files.items() if path}
+    text = TEXT[: len(columns) - 1]
     return Task(
         name,
         folder=name,
         load=partial(load, files, columns, labels),
-        text=TEXT[: len(columns) - 1],
+        text=text,
         labels=tuple(labels),
         metrics=class_metrics if labels else partial(task_metrics, "stsb"),
         metric=metric,
@@ -50,7 +52,30 @@ def own_task(
         validation=("validation",) if "validation" in files else (),
         tests=("test",) if "test" in files else (),
         written=tuple(labels),
+        prompt=fill_in(prompt or "", {name: f"{{{own}}}" for name, own in zip(columns, text, strict=False)}),
+        choices=tuple(choices or labels),
+        cut=text,
     )
+
+
+def check_prompt(
+    prompt: str | None, choices: list[str] | None, columns: list[str], labels: list[str]
+) -> None:
+    """Raise UsageError for a prompt or choices that do not fit the data."""
+    if choices and not prompt:
+        raise UsageError("--choices is for a causal language model: give --prompt, too")
+    if not prompt:
+        return
+    if not labels:
+        raise UsageError("--prompt is for classes, and the labels are numbers")
+    named, texts = FIELD.findall(prompt), columns[:-1]
+    if not named or not {*named} <= {*texts}:
+        braces = " and ".join(f"{{{name}}}" for name in texts)
+        raise UsageError(
+            f"--prompt {shown(prompt)}: the text columns belong in braces, {braces}, and no other"
+        )
+    if choices and not len(set(choices)) == len(choices) == len(labels):
+        raise UsageError(f"--choices: give {len(labels)} words, for the labels {', '.join(labels)[:200]}")
 
 
 def check_file(path: Path) -> None:
@@ -206,17 +231,19 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    pairs = json.loads(line, object_pairs_hook=Pairs)
+                    fields = json.loads(line, object_pairs_hook=partial(as_dict, path, row))
+                except UsageError:
+                    raise
                 except (ValueError, RecursionError) as error:
                     raise UsageError(f"{path}:{row}: not JSON lines: {error}") from None
-                if not isinstance(pairs, Pairs):
+                if not isinstance(fields, dict):
                     raise UsageError(f"{path}:{row}: not JSON lines: a line is one object")
-                check_no_duplicates(path, row, [name for name, _ in pairs])
-                yield row, dict(pairs)
+                yield row, fields
 
 
-class Pairs(list):
-    """A JSON object's names and values."""
+def as_dict(path: Path, row: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    check_no_duplicates(path, row, [name for name, _ in pairs])
+    return dict(pairs)
 
 
 def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -35,9 +35,10 @@ def predict(model: nn.Module, split: Any, dropout: bool = False) -> Tensor:
         outputs.append(model(**inputs).logits)
     model.train(training)
     logits = torch.cat(processes.gathered(outputs)).cpu().double()[split.position]
-    if not torch.isfinite(logits).all():
+    predictions = logits.squeeze(-1) if split.labels.is_floating_point() else logits.softmax(-1)
+    if not torch.isfinite(predictions).all():
         raise FloatingPointError("a prediction is not finite")
-    return logits.squeeze(-1) if split.labels.is_floating_point() else logits.softmax(-1)
+    return predictions
 
 
 @contextmanager

@@ -18,15 +18,15 @@ from typing import Any, NoReturn, get_args
 
 import torch
 
-from harness import glue, own_data, processes
+from harness import choice, glue, own_data, processes
 from harness.task import EndsRun, Task, UsageError, hold_out
 from scores import SCORES
 
 OPTIMIZERS = {"ivon": True, "adamw": False}  # by name, whether it has a posterior
-TASKS: dict[str, Task] = {**glue.TASKS}
+TASKS: dict[str, Task] = {**glue.TASKS, **choice.TASKS}
+DEMOS = {"cola": glue.DEMO, "boolq": choice.DEMO}
 METHODS = ("adalora", "lora", "full")
-MODEL = "microsoft/deberta-v3-base"
-DEMO = Path(__file__).resolve().parent.parent / "demo"
+USUAL = {"batch_size": 32, "eval_batch_size": 128, "eval_samples": 0, "target_rank": 2.0, "dropout": 0.0}
 
 # Roles. All but the last have to be the same in a run that is resumed.
 IDENTITY = "identity"  # decides the result: a row of the table
@@ -75,8 +75,13 @@ adalora, evaluation = partial(setting, "AdaLoRA", only=("adalora",)), partial(se
 machine, derived = partial(setting, "device and files"), partial(setting, None)
 SCORE_HELP = "; ".join(f"{name}: {score.about}" for name, score in SCORES.items())
 TARGETS_HELP = "module-name suffixes to adapt (the architecture's own)"
+PROMPT_HELP = "for a causal language model: 'is it good {sentence1} Answer:'"
+CHOICES_HELP = "the answers, one for each label, in their order (the labels' names)"
 COLUMNS_HELP = "one or two of text, then the label (sentence1 [sentence2] label; text label)"
 METRIC_HELP = "that decides (accuracy; pearson_spearman, the mean of both)"
+BASE_DTYPES = ("float32", "bfloat16", "int8")
+BASE_HELP = "of a causal language model's frozen weights"
+YES_OR_NO = argparse.BooleanOptionalAction
 FOLDER = "(runs/<task>-<method>-<optimizer>-<score>-r<target>-s<seed>)"
 
 
@@ -88,7 +93,7 @@ class Settings:
     task: str | None = run(None, IDENTITY, None, "required without --demo, --train_file", choices=list(TASKS))
     method: str = run("adalora", IDENTITY, None, "full: no adapters", choices=METHODS)
     optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
-    model: str | None = run(None, NOTHING, None, f"a Hub name or a local checkpoint folder ({MODEL})")
+    model: str | None = run(None, NOTHING, None, "a Hub name or a local checkpoint folder (the papers')")
     data_dir: Path | None = run(None, NOTHING, Path, "a folder in GLUE's own layout (the Hub's copy)")
     holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to evaluate on, not on validation")
     holdout_seed: int = run(0, SHAPE, any_seed, "of that split")
@@ -99,21 +104,22 @@ class Settings:
     processes: int = derived(1, SHAPE)
     train_size: int | None = derived(None, SHAPE)
     total_steps: int | None = derived(None, SHAPE)
-    batch_size: int = run(32, SHAPE, count, "examples in a forward pass")
+    batch_size: int | None = run(None, SHAPE, count, "examples in a forward pass")
     grad_accum: int = run(1, SHAPE, count, "forward passes in an update")
     group_by_length: bool = run(False, SHAPE, None, "batches of examples of like length: less padding")
     max_length: int | None = run(None, SHAPE, whole(4), "tokens")
     lr: float | None = run(None, IDENTITY, positive, "peak: one warm-up, one linear decay")
     weight_decay: float | None = run(None, IDENTITY, from_0, "of AdamW, or IVON's δ")
+    rescale_lr: bool | None = ivon(None, IDENTITY, None, "α is lr·(h0 + δ), else lr", action=YES_OR_NO)
     mc_samples: int | None = ivon(None, IDENTITY, few(1), "draws in an update (1)")
     ess: float | None = ivon(None, IDENTITY, any_ess, "effective sample size (training examples; LoRA 1e10)")
     hess_init: float | None = ivon(None, IDENTITY, positive, "h0 (1; LoRA 1e-4)")
     beta2: float | None = ivon(None, IDENTITY, Number(0, 1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
     clip_radius: float | None = ivon(None, IDENTITY, positive, "ξ (0.001)")
-    target_rank: float | None = adapters(None, IDENTITY, from_0, "average rank kept, or fraction (2)")
+    target_rank: float | None = adapters(None, IDENTITY, from_0, "average rank kept, or fraction")
     targets: list[str] | None = adapters(None, IDENTITY, None, TARGETS_HELP, nargs="+", metavar="NAME")
     alpha: float | None = adapters(None, IDENTITY, positive, "scale: alpha / rank at the start")
-    dropout: float | None = adapters(None, IDENTITY, Number(0, 0.999), "of the adapters' input (0)")
+    dropout: float | None = adapters(None, IDENTITY, Number(0, 0.999), "of the adapters' input")
     score: str | None = adalora(None, IDENTITY, None, f"{SCORE_HELP} (mu)", choices=list(SCORES))
     init_rank: int | None = adalora(None, IDENTITY, whole(0), "rank at the start (1.5 × target, rounded)")
     orth: float | None = adalora(None, IDENTITY, from_0, "γ, weight of the orthogonality penalty")
@@ -123,18 +129,22 @@ class Settings:
     delta_t: int | None = adalora(None, IDENTITY, count, "ΔT, updates between two allocations")
     track_scores: bool = adalora(False, NUMERICS, None, "record how far the scores agree, at each allocation")
     eval_every: int | None = evaluation(None, SHAPE, count, "updates")
-    eval_batch_size: int = evaluation(128, NUMERICS, count)
-    eval_samples: int = evaluation(0, NUMERICS, few(0), "draws to average predictions over (0: none)")
+    eval_batch_size: int | None = evaluation(None, NUMERICS, count, "examples in a forward pass")
+    eval_samples: int | None = evaluation(None, NUMERICS, few(0), "draws to average over (0: none)")
     temperature: float | None = evaluation(None, NUMERICS, from_0, "τ: draw with variance τσ² (1)")
     train_file: Path | None = own(None, NOTHING, Path, "instead of --task: .csv, .tsv, .json(l), .parquet")
     validation_file: Path | None = own(None, NOTHING, Path, "or --holdout")
     test_file: Path | None = own(None, NOTHING, Path, "for tools.evaluate --predict")
     columns: list[str] | None = own(None, NUMERICS, None, COLUMNS_HELP, nargs="+", metavar="NAME")
+    prompt: str | None = own(None, IDENTITY, None, PROMPT_HELP)
+    choices: list[str] | None = own(None, IDENTITY, None, CHOICES_HELP, nargs="+", metavar="WORD")
     regression: bool = own(False, NUMERICS, None, "labels are numbers (so they are if any is not whole)")
     metric: str | None = own(None, SHAPE, None, METRIC_HELP, choices=sum(own_data.METRICS.values(), ()))
     name: str | None = own(None, NOTHING, None, "of the task and output folder (the training file's)")
     device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     bf16: bool = machine(False, NUMERICS, None, "the frozen backbone's products in bfloat16")
+    base_dtype: str = machine("float32", NUMERICS, None, BASE_HELP, choices=BASE_DTYPES)
+    checkpointing: bool = machine(False, NUMERICS, None, "recompute activations: less memory, more time")
     compile: bool = machine(False, NUMERICS, None, "train with torch.compile")
     plain: bool = machine(False, NUMERICS, None, "adapters and penalty without fused.py")
     output_dir: Path | None = machine(None, NOTHING, Path, FOLDER)
@@ -146,6 +156,7 @@ class Settings:
     first_lr: float | None = derived(None, IDENTITY)
     first_steps: int | None = derived(None, IDENTITY)
     labels: list[str] | None = derived(None, NUMERICS)
+    causal: bool = derived(False, NUMERICS)  # a causal language model, which answers by choosing
     # fmt: on
 
     @classmethod
@@ -155,8 +166,8 @@ class Settings:
         names = dict.fromkeys(f.metadata["group"] for f in flags)
         groups = {name: parser.add_argument_group(name) for name in names}
         for f in flags:
-            how = {"type": f.metadata["parse"], **f.metadata["options"]}
-            how = {"action": "store_true"} if f.default is False else how
+            how = {"type": f.metadata["parse"]} if f.metadata["parse"] else {}
+            how = {"action": "store_true"} if f.default is False else how | f.metadata["options"]
             about = f.metadata["about"] + (f" ({f.default})" if f.default else "")
             groups[f.metadata["group"]].add_argument(f"--{f.name}", default=f.default, help=about, **how)
         return cls(**vars(parser.parse_args(argv))).completed()
@@ -172,21 +183,24 @@ class Settings:
         """Fill in what does not depend on the data. Raises UsageError for settings that conflict."""
         s = self
         if s.demo:
-            if s.task not in (None, "cola") or s.model or s.data_dir:
-                has = "--demo has the task cola, and a model and data of its own"
+            if s.task not in (None, *DEMOS) or s.model or s.data_dir:
+                has = f"--demo has the tasks {' and '.join(DEMOS)}, and models and data of its own"
                 raise UsageError(f"{has}: leave out --task, --model and --data_dir, or --demo")
-            s = replace(s, task="cola", model=str(DEMO / "model"), data_dir=DEMO)
+            s = replace(s, task=s.task or "cola", data_dir=glue.DEMO_FOLDER)
         s = s._with_own_data() if s.train_file else s
         for f in fields(s):
             if not s.train_file and f.metadata["group"] == OWN and getattr(s, f.name):
                 raise UsageError(f"--{f.name} is for data of your own: give --train_file, or leave it out")
         if s.task is None:
             raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo, or --train_file)")
+        usual = s.usual()
+        for name in ("batch_size", "eval_batch_size", "eval_samples"):
+            s = s if getattr(s, name) is not None else replace(s, **{name: usual[name]})
         if s.resume and s.overwrite:
             raise UsageError("--resume continues a run, --overwrite replaces it: leave one out")
         for f in fields(s):
             only, value = f.metadata["only"], getattr(s, f.name)
-            given = value is not None and value is not False  # 0 is given
+            given = value is not None and (value is not False or f.default is None)  # 0 is given
             if given and only and not {s.method, s.optimizer}.intersection(only):
                 kind = "method" if only[0] in METHODS else "optimizer"
                 raise UsageError(f"--{kind} {getattr(s, kind)} has no --{f.name}: leave it out")
@@ -200,12 +214,13 @@ class Settings:
                 raise UsageError(f"--device {device}: with torchrun it is cuda, a GPU a process, or cpu")
             device = f"cuda:{processes.local_rank()}" if device == "cuda" else device
         s = replace(s.with_ranks(), device=device, processes=processes.count())
-        s = replace(s, model=MODEL if s.model is None else s.model)
+        s = replace(s, model=task_of(s).model if s.model is None else s.model)
         s = replace(s, temperature=1.0 if s.temperature is None else s.temperature)
         if s.max_steps or s.data_dir is None or s.demo:
             s.resolve(task_of(s).train_size)  # the run's length is known: so is whether it can be
         rank = None if s.target_rank is None else f"r{s.target_rank:g}"
-        parts = ("demo" if s.demo else s.task, s.method, s.optimizer, s.score, rank, f"s{s.seed}")
+        name = f"demo-{s.task}".removesuffix("-cola") if s.demo else s.task
+        parts = (name, s.method, s.optimizer, s.score, rank, f"s{s.seed}")
         return replace(s, output_dir=s.output_dir or Path("runs") / "-".join(part for part in parts if part))
 
     def _with_own_data(self) -> "Settings":
@@ -228,17 +243,24 @@ class Settings:
         metric = s.metric or metrics[0]
         if metric not in metrics:
             raise UsageError(f"--metric {metric}: with these labels it is {' or '.join(metrics)}")
+        own_data.check_prompt(s.prompt, s.choices, columns, labels)
         found = {"task": name, "name": name, "columns": columns, "labels": labels, "metric": metric}
         return replace(s, **found, regression=not labels, train_size=size)
+
+    def usual(self) -> dict[str, Any]:
+        """What the task has where nothing is given."""
+        return {**USUAL, **task_of(self).settings(self.method, self.optimizer)}
 
     def with_ranks(self) -> "Settings":
         if self.method == "full":
             return self
-        target = 2.0 if self.target_rank is None else self.target_rank
+        usual = self.usual()
+        target = usual["target_rank"] if self.target_rank is None else self.target_rank
+        ranks = {"target_rank": target, "dropout": usual["dropout"] if self.dropout is None else self.dropout}
         if self.method == "lora":
             if target < 1 or target % 1:
                 raise UsageError(f"--target_rank {target:g}: with --method lora it is a whole number from 1")
-            return replace(self, target_rank=target, init_rank=int(target), dropout=self.dropout or 0.0)
+            return replace(self, **ranks, init_rank=int(target))
         score, initial = self.score or "mu", self.init_rank
         if SCORES[score].needs == "sigma" and not OPTIMIZERS[self.optimizer]:
             raise UsageError(f"--score {score} needs σ, a posterior: use --optimizer ivon, or another score")
@@ -246,31 +268,36 @@ class Settings:
             initial = max(math.floor(1.5 * target + 0.5), math.ceil(target))
         if target > initial:
             raise UsageError(f"--target_rank {target:g} is above --init_rank {initial}, the start")
-        return replace(self, score=score, target_rank=target, init_rank=initial, dropout=self.dropout or 0.0)
+        return replace(self, **ranks, score=score, init_rank=initial)
 
-    def resolve(self, train_size: int, default_targets: list[str] | None = None) -> "Settings":
+    def resolve(
+        self, train_size: int, default_targets: list[str] | None = None, causal: bool = False
+    ) -> "Settings":
         """Fill in what depends on the data and the model.
 
         A run that is longer or shorter than the published one has its t_i, t_f, ΔT and the phases of its
         learning rate scaled with it, unless they were given. Raises UsageError for a schedule that cannot be.
         """
         given = {name: value for name, value in vars(self).items() if value is not None}
-        values = {**task_of(self).settings(self.method, self.optimizer), **given}
-        per_epoch = math.ceil(train_size / (self.batch_size * self.grad_accum * self.processes))
-        T = self.max_steps or math.ceil(values["epochs"] * per_epoch)
+        values = {**self.usual(), **given}
+        per_epoch = math.ceil(train_size / (values["batch_size"] * self.grad_accum * self.processes))
+        T = values.get("max_steps") if self.epochs is None or self.max_steps else None
+        T = T or math.ceil(values["epochs"] * per_epoch)
         if T not in count:
             raise UsageError(f"--epochs {self.epochs:g} makes {T} updates; at most {count.most} can be")
         for name in ("warmup_steps", "first_steps", "tinit", "tfinal", "delta_t"):
             if getattr(self, name) is None:
                 values[name] = values[name] * T // values["total_steps"]
-        values |= {"train_size": train_size, "total_steps": T, "epochs": T / per_epoch}
+        values |= {"train_size": train_size, "total_steps": T, "epochs": T / per_epoch, "causal": causal}
         values["delta_t"] = max(1, values["delta_t"])
         if self.optimizer == "ivon":
             values.setdefault("ess", float(train_size))
+            values.setdefault("rescale_lr", True)
             if self.lr is not None:
                 values |= {"first_lr": 0.0, "first_steps": 0}
             elif values["lr"] is None:
-                lr = values["largest_step"] / (values["hess_init"] * values["clip_radius"])
+                unit = values["hess_init"] if values["rescale_lr"] else 1
+                lr = values["largest_step"] / (unit * values["clip_radius"])
                 values["lr"] = float(f"{lr:.6g}")
         values.setdefault("mc_samples", 1)
         values.setdefault("targets", default_targets)
@@ -280,7 +307,7 @@ class Settings:
             phases = f"t_i + t_f = {values['tinit']} + {values['tfinal']}"
             raise UsageError(f"{phases} leaves no step to prune in: the run has {T} (--tinit, --tfinal)")
         if self.method == "full":
-            values |= {"alpha": None, "targets": None}
+            values |= dict.fromkeys(("alpha", "targets", "target_rank", "dropout"))
         return replace(self, **{f.name: values.get(f.name) for f in fields(self)})
 
 
@@ -288,9 +315,10 @@ def task_of(settings: Settings) -> Task:
     s = settings
     if s.train_file:
         files = {"train": s.train_file, "validation": s.validation_file, "test": s.test_file}
-        task = own_data.own_task(s.task, files, s.columns, s.labels, s.metric, s.train_size)
+        about = s.columns, s.labels, s.metric, s.train_size, s.prompt, s.choices
+        task = own_data.own_task(s.task, files, *about)
     else:
-        task = glue.DEMO if s.demo else TASKS[s.task]
+        task = DEMOS[s.task] if s.demo else TASKS[s.task]
     return hold_out(task, s.holdout, s.holdout_seed) if s.holdout else task
 
 

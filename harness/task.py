@@ -1,5 +1,6 @@
-"""What a task is: its reader, columns, labels, metrics and settings; and a share of train held out."""
+"""What a task is: its reader, columns, labels, metrics, prompt, settings; and a share of train held out."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,11 +22,12 @@ class UsageError(EndsRun, ValueError):
 
 @dataclass(frozen=True)
 class Task:
-    """A data set with one or two text columns and a label, and how a model is trained on it and judged.
+    """A data set with texts and a label, and how a model is trained on it and judged.
 
     load: (data_dir or None, names of splits or None) → the splits by name, a datasets.Dataset each, with the
-        columns `text`, "label" (class index, or for regression a float; none is −1, or NaN in the user's own
-        numbers) and "idx".
+        columns `text` and `cut`, "label" (class index, or for regression a float; none is −1, or NaN in the
+        user's own numbers) and "idx"; "options", if some examples have only the first so many of `choices`.
+    text: the columns that an encoder reads, one or two; none if only a causal language model can do the task.
     labels: class names in the order of their indices; none for regression.
     metrics: (predictions (n,), labels (n,)) → numbers by name, among them `metric`, which decides.
     settings: (method, optimizer) → published values by the names of Settings' fields. Steps, "total_steps"
@@ -34,6 +36,10 @@ class Task:
     validation: splits to evaluate on, the one that decides first.
     tests: splits beyond these.
     written: what a prediction file writes for each label.
+    prompt: what a causal language model reads, with columns' names in braces; none if only encoders can.
+    choices: the words by which it answers, one for each label.
+    cut: columns of the prompt; the longest loses its end where the prompt is too long.
+    model: the one to train where none is given.
     """
 
     name: str
@@ -48,6 +54,10 @@ class Task:
     validation: tuple[str, ...] = ("validation",)
     tests: tuple[str, ...] = ("test",)
     written: tuple[str, ...] = ()
+    prompt: str = ""
+    choices: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    model: str = "microsoft/deberta-v3-base"
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -58,6 +68,14 @@ class Task:
     def outputs(self) -> int:
         """How many numbers the model's head gives."""
         return len(self.labels) or 1
+
+
+FIELD = re.compile(r"\{([^{}]*)\}")  # a column's name in a prompt
+
+
+def fill_in(prompt: str, fields: Mapping[str, str]) -> str:
+    """The prompt with each field's text, stripped, in the place of its name in braces."""
+    return FIELD.sub(lambda found: fields[found[1]].strip(), prompt)
 
 
 def hold_out(task: Task, share: float, seed: int) -> Task:

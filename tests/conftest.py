@@ -9,7 +9,18 @@ import pytest
 import sentencepiece
 import torch
 from hypothesis import settings
-from transformers import BertConfig, BertModel, DebertaV2Config, DebertaV2Model, ElectraConfig, ElectraModel
+from tokenizers import ByteLevelBPETokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    DebertaV2Config,
+    DebertaV2Model,
+    ElectraConfig,
+    ElectraModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 settings.register_profile("same", derandomize=True)  # the same hundred examples of each at every run
 settings.register_profile("more", max_examples=2000)  # others: pytest --hypothesis-profile more
@@ -114,6 +125,26 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": True}))
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=len(vocabulary), **SIZES)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A causal language model as the Hub stores one: bfloat16 in two shards, no padding token."""
+    folder = tmp_path_factory.mktemp("llama-tiny")
+    words = ["True False Neither A B C D E Answer : the question with only Context Choices", *sentences(200)]
+    pieces = ByteLevelBPETokenizer()
+    pieces.train_from_iterator([f" {w}" for text in words for w in text.split()] * 5, 500, min_frequency=1)
+    pieces.add_special_tokens(["<s>", "</s>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), **SIZES, num_key_value_heads=1, max_position_embeddings=512,
+        initializer_range=0.3, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(folder, max_shard_size="20KB")
+    assert (folder / "model.safetensors.index.json").exists()
     return folder
 
 

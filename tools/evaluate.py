@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
     collate = DataCollatorWithPadding(tokenizer)
     splits = {
         name: evaluation_split(
-            *tokenize(data[name], task, tokenizer, s.max_length), collate, s.eval_batch_size
+            *tokenize(data[name], task, tokenizer, s.max_length, s.causal), collate, s.eval_batch_size
         )
         for name in data
     }

@@ -3,19 +3,21 @@
     python -m tools.export peft runs/RUN adapter      # PeftModel.from_pretrained(base_model, "adapter")
     python -m tools.export merged runs/RUN model      # AutoModel….from_pretrained("model")
 
-Both have the run's best adapter and its head. The merged checkpoint also has the tokenizer, and needs none of
-this code; a fully fine-tuned run can only be exported as that. `--model` says where the base model is now.
+Both have the run's best adapter and an encoder's head. The merged checkpoint also has the tokenizer, and
+needs none of this code; a fully fine-tuned run can only be exported as that. `--model` says where the base
+model is now.
 """
 
 import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from adalora import HEADS, SVDLinear
 from harness.encoder import is_head
@@ -28,11 +30,20 @@ PEFT_EPSILON = 1e-5  # PEFT divides by rank + this
 
 def write_merged(folder: Path, model: PreTrainedModel, layers: dict[str, nn.Module]) -> None:
     """W + s·PΛQ (or s·BA) as the maps' own weights, and the adapters gone. Changes the model."""
+    model.float()  # of a base in bfloat16 the sum would lose the adapter's last digits
     for name, layer in layers.items():
         layer.base.weight.data += layer.delta().detach()
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, layer.base)
     model.save_pretrained(folder)
+
+
+def describe_head(config: PretrainedConfig, labels: Sequence[str]) -> None:
+    if labels:
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+    else:
+        config.problem_type = "regression"
 
 
 def write_peft(folder: Path, model: nn.Module, layers: dict[str, nn.Module], settings: Settings) -> None:
@@ -46,13 +57,14 @@ def write_peft(folder: Path, model: nn.Module, layers: dict[str, nn.Module], set
             tensors[f"{prefix}.lora_E"] = layer.lam.unsqueeze(1) * ((r + PEFT_EPSILON) / max(r, 1))
         else:
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = layer.A, layer.B
-    head = {name: p for name, p in model.named_parameters() if is_head(name)}
+    head = {name: p for name, p in model.named_parameters() if is_head(name) and p.requires_grad}
     tensors |= {f"base_model.model.{name}": p for name, p in head.items()}
+    modules = {next(part for part in name.split(".") if part in HEADS) for name in head}
     config = {
-        "task_type": "SEQ_CLS",
+        "task_type": "CAUSAL_LM" if settings.causal else "SEQ_CLS",
         "base_model_name_or_path": settings.model,
         "target_modules": sorted(layers),
-        "modules_to_save": sorted({next(part for part in name.split(".") if part in HEADS) for name in head}),
+        "modules_to_save": sorted(modules) or None,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout or 0.0,
         "bias": "none",
@@ -81,14 +93,13 @@ def main(argv: list[str] | None = None) -> None:
     if args.form == "peft" and settings.method == "full":
         mend = f"python -m tools.export merged {args.run} …"
         raise UsageError(f"{args.run} is fully fine-tuned and has no adapter: {mend}")
+    if args.form == "merged" and settings.base_dtype == "int8":
+        raise UsageError(f"{args.run} has a base in 8 bit, which cannot be merged: export peft, with --model")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise UsageError(f"{args.folder} exists: give a new folder")
     tokenizer, model, layers, _ = load_model(run, settings)
-    if labels := task_of(settings).labels:
-        model.config.id2label = dict(enumerate(labels))
-        model.config.label2id = {label: i for i, label in enumerate(labels)}
-    else:
-        model.config.problem_type = "regression"
+    if not settings.causal:
+        describe_head(model.config, task_of(settings).labels)
     parent = args.folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import fused
 from harness import encoder
 from harness.files import read_json
+from harness.glue import DEMO_FOLDER
 from harness.run_folder import IN_RESULTS, fingerprint, load_adapter
-from harness.settings import DEMO, Number, Settings, task_of, whole
+from harness.settings import Number, Settings, task_of, whole
 from harness.task import Task, UsageError
 
 # What reading a file raises that is not what a run writes.
@@ -146,7 +147,7 @@ def evaluation_settings(run: FinishedRun, **given: Any) -> Settings:
     """The run's settings, but for what is given (None: not given): model, data_dir, seed, device, …"""
     settings = Settings.from_config(run.config)
     place = {"device": "cuda" if torch.cuda.is_available() else "cpu", "processes": 1}
-    place |= {"model": str(DEMO / "model"), "data_dir": DEMO} if settings.demo else {}
+    place |= {"model": task_of(settings).model, "data_dir": DEMO_FOLDER} if settings.demo else {}
     return replace(settings, **place | {name: value for name, value in given.items() if value is not None})
 
 
@@ -158,9 +159,8 @@ def load_model(
     Raises UsageError where model or files are not the run's.
     """
     torch.manual_seed(settings.seed)
-    tokenizer, model = encoder.load_encoder(settings.model, task_of(settings).outputs)
+    tokenizer, model = encoder.load_model(settings, task_of(settings))
     layers = encoder.adapt(model, tokenizer, settings)
-    model.to(settings.device)
     if run.config.get("encoder") not in (None, fingerprint(model)):
         raise UsageError(f"--model {settings.model} has other weights than the encoder of {run.folder}")
     sigma = load_adapter(run.folder, model, settings)

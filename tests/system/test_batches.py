@@ -167,7 +167,7 @@ def test_inputs_and_labels_of_a_micro_batch_are_of_the_same_examples():
 @pytest.mark.parametrize("other", ["a sentence", "a label", "the order", "validation", "a validation label"])
 def test_the_checksum_tells_other_data(other: str, bert: Path):
     tokenizer = AutoTokenizer.from_pretrained(bert)
-    collate, settings = DataCollatorWithPadding(tokenizer), Settings(device="cpu")
+    collate, settings = DataCollatorWithPadding(tokenizer), Settings(device="cpu", batch_size=32)
 
     def checksum(train: dict, validation: dict) -> str:
         splits = [evaluation_split(*tokenize(validation, RTE, tokenizer, 64), collate, 4)]

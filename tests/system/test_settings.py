@@ -191,7 +191,7 @@ GIVEN = {
 }
 
 
-@given(chosen=st.fixed_dictionaries({}, optional=GIVEN), task=st.sampled_from(sorted(TASKS)))
+@given(chosen=st.fixed_dictionaries({}, optional=GIVEN), task=st.sampled_from(sorted(glue.TASKS)))
 def test_resolving_keeps_whatever_was_given(chosen: dict, task: str):
     argv = []
     for name, value in chosen.items():
