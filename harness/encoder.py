@@ -1,21 +1,16 @@
 """A checkpoint, from the Hub or a folder → tokenizer and model; adapters around its linear maps."""
 
-import importlib.util
-import inspect
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from adalora import HEADS, inject, linear_maps
-from harness import processes
+from harness import causal
 from harness.glue import check_hub
 from harness.settings import Settings
 from harness.task import Task, UsageError
@@ -29,7 +24,6 @@ TARGETS = {
     "distilbert": ["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"],
     "causal": ["q_proj", "v_proj"],  # any causal language model
 }
-CAUSAL = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}  # classes, as config.json names them
 CHECKPOINT_FILES = {  # what a local checkpoint folder has to have: one of each
     "config": ("config.json",),
     "weights": ("*.safetensors", "pytorch_model*.bin"),
@@ -49,50 +43,49 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase,
     _check_place(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name, **own)
-        causal = not CAUSAL.isdisjoint(config.architectures or ())
-        make = transformers.AutoModelForSequenceClassification
-        # In float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train.
-        how = {"dtype": torch.float32, "num_labels": task.outputs, "ignore_mismatched_sizes": True}
-        if causal:
-            make, how = transformers.AutoModelForCausalLM, base_precision(settings)
-        check_can_do(settings, task, causal)
+        choosing = not causal.CLASSES.isdisjoint(config.architectures or ())
+        check_can_do(settings, task, choosing)
+        if choosing:
+            auto = transformers.AutoModelForCausalLM
+            how = causal.precision(settings.base_dtype, settings.device)
+        else:  # in float32 whatever the checkpoint is stored in: DeBERTaV3's float16 does not train
+            auto = transformers.AutoModelForSequenceClassification
+            how = {"dtype": torch.float32, "num_labels": task.outputs, "ignore_mismatched_sizes": True}
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **own)
-        model, report = make.from_pretrained(name, **own, **how, output_loading_info=True)
+        model, report = auto.from_pretrained(name, **own, **how, output_loading_info=True)
+        if settings.checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     except UsageError:
         raise
     except Exception as error:  # a damaged checkpoint makes the libraries raise all sorts of things
         kind = UsageError if Path(name).is_dir() else ConnectionError
         raise kind(f"--model {name} cannot be loaded: {error}") from error
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if absent := sorted(key for key in absent if causal or not is_head(key)):
+    if absent := sorted(key for key in absent if choosing or not is_head(key)):
         raise UsageError(f"--model {name} lacks weights: {absent[0]} is missing or misshapen")
     highest, weights = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if highest >= weights:
         raise UsageError(f"--model {name}: the tokenizer has a token {highest}, the model embeds {weights}")
-    if causal:
-        prepare_tokenizer(tokenizer, name)
-        answer_by_choosing(model, [choice_token(tokenizer, word, task.prompt) for word in task.choices])
+    if choosing:
+        causal.pad_left(tokenizer, name)
+        causal.answer_by_choosing(model, causal.choice_tokens(tokenizer, task))
     if tokenizer.pad_token is None:
         raise UsageError(f"--model {name}: the tokenizer has no padding token")
-    if settings.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     return tokenizer, model
 
 
-def check_can_do(settings: Settings, task: Task, causal: bool) -> None:
+def check_can_do(settings: Settings, task: Task, choosing: bool) -> None:
     """Raise UsageError for a task that an encoder, or a causal language model, cannot do."""
     s = settings
-    if causal and not task.prompt:
+    if choosing and not task.prompt:
         what = "gives numbers" if not task.labels else "has no prompt: give --prompt"
         raise UsageError(f"--model {s.model} is a causal language model, and {task.name} {what}")
-    if not causal and not task.text:
+    if not choosing and not task.text:
         raise UsageError(f"--model {s.model} is an encoder: {task.name} needs a causal language model")
-    if not causal and s.prompt:
+    if not choosing and s.prompt:
         raise UsageError(f"--model {s.model} is an encoder, which reads no --prompt: leave it out")
-    if s.base_dtype != "float32" and (not causal or s.method == "full"):
-        raise UsageError(
-            f"--base_dtype {s.base_dtype} is for adapters in a causal language model: leave it out"
-        )
+    if s.base_dtype != "float32" and (not choosing or s.method == "full"):
+        raise UsageError(f"--base_dtype {s.base_dtype} is for adapters in a causal language model")
 
 
 def _check_place(name: str) -> None:
@@ -108,7 +101,7 @@ def _check_place(name: str) -> None:
 
 
 def is_causal(model: PreTrainedModel) -> bool:
-    return type(model).__name__ in CAUSAL
+    return type(model).__name__ in causal.CLASSES
 
 
 def default_targets(model: PreTrainedModel) -> list[str] | None:
@@ -184,60 +177,6 @@ def check_works(
 def count_parameters(model: nn.Module) -> int:
     """What is trained, without the head."""
     return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
-
-
-# ---- causal language models ---------------------------------------------------------------------------
-
-
-def base_precision(settings: Settings) -> dict:
-    """How from_pretrained loads the frozen weights. Raises UsageError."""
-    if settings.base_dtype != "int8":
-        return {"dtype": getattr(torch, settings.base_dtype)}
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise UsageError("--base_dtype int8 needs bitsandbytes: pip install bitsandbytes, or give bfloat16")
-    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": config, "device_map": {"": settings.device}}
-
-
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Pad on the left, so that the last position is the prompt's; with any token, as none attends to it."""
-    tokenizer.padding_side = "left"
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
-        if processes.rank() == 0:
-            sys.stderr.write(f"{name} has no padding token: {tokenizer.pad_token} is used\n")
-
-
-def choice_token(tokenizer: PreTrainedTokenizerBase, word: str, prompt: str) -> int:
-    """The token that says a word after a prompt: with its space, unless the prompt ends in white space.
-
-    Raises UsageError unless it is a single one.
-    """
-    before, space = ("\n", "") if prompt[-1:].isspace() else (":", " ")
-    head, whole = tokenizer([before, before + space + word], add_special_tokens=False)["input_ids"]
-    if len(whole) != len(head) + 1 or whole[:-1] != head:
-        raise UsageError(f"--choices: {word!r} is not a single token of this model's: give other words")
-    return whole[-1]
-
-
-def answer_by_choosing(model: PreTrainedModel, tokens: list[int]) -> None:
-    """From here on the model's logits are those of `tokens` at the last position: (n, choices).
-
-    It takes input_ids and attention_mask (n, length), padded on the left, and options (n,): how many choices
-    each example has. The logits of the others are −∞. Only the last position's are computed.
-    """
-    model.register_buffer("choice_tokens", torch.tensor(tokens), persistent=False)
-    forward, counts = model.forward, "position_ids" in inspect.signature(model.forward).parameters
-
-    def choose(input_ids: Tensor, attention_mask: Tensor, options: Tensor) -> SequenceClassifierOutput:
-        positions = (attention_mask.cumsum(1) - 1).clamp_min(0)
-        own = {"position_ids": positions} if counts else {}
-        output = forward(input_ids, attention_mask, **own, use_cache=False, logits_to_keep=1)
-        logits = output.logits[:, -1].index_select(1, model.choice_tokens).float()
-        absent = torch.arange(len(tokens), device=logits.device) >= options.unsqueeze(1)
-        return SequenceClassifierOutput(logits=logits.masked_fill(absent, -math.inf))
-
-    model.forward = choose
 
 
 # ---- DeBERTa's relative positions ----------------------------------------------------------------------

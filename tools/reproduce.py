@@ -447,7 +447,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
     commands = verbs.add_parser("commands", help="the grid, a run_glue.py command a line")
-    commands.add_argument("--tasks", nargs="+", choices=TASKS, default=list(glue.TASKS))
+    commands.add_argument("--tasks", nargs="+", choices=glue.TASKS, default=list(glue.TASKS))
     commands.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     commands.add_argument("--ranks", nargs="+", type=float, default=(2, 4))
     commands.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

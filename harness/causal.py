@@ -1,0 +1,73 @@
+"""A causal language model as a classifier: its logits are those of the choices' tokens after a prompt.
+
+[V] Cong et al., "Variational Low-Rank Adaptation Using IVON", 2024.
+"""
+
+import importlib.util
+import inspect
+import math
+import sys
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from harness import processes
+from harness.task import Task, UsageError
+
+CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}  # as config.json names them
+
+
+def precision(base_dtype: str, device: str) -> dict:
+    """How from_pretrained is told to hold the frozen weights. Raises UsageError."""
+    if base_dtype != "int8":
+        return {"dtype": getattr(torch, base_dtype)}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError("--base_dtype int8 needs bitsandbytes: pip install bitsandbytes, or give bfloat16")
+    config = transformers.BitsAndBytesConfig(load_in_8bit=True)
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def pad_left(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """So that the last position is each prompt's own; with any token, as none attends to it."""
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+        if processes.rank() == 0:
+            sys.stderr.write(f"{name} has no padding token: {tokenizer.pad_token} is used\n")
+
+
+def choice_tokens(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+    """The token of each choice as it follows the prompt: with its space, unless that ends in white space.
+
+    Raises UsageError for a choice that is not a single token.
+    """
+    before, space = ("\n", "") if task.prompt[-1].isspace() else (":", " ")
+    texts = [before, *(before + space + choice for choice in task.choices)]
+    head, *wholes = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    for choice, whole in zip(task.choices, wholes, strict=True):
+        if len(whole) != len(head) + 1 or whole[:-1] != head:
+            raise UsageError(f"--choices: {choice!r} is not a single token of this model's: give other words")
+    return [whole[-1] for whole in wholes]
+
+
+def answer_by_choosing(model: PreTrainedModel, tokens: list[int]) -> None:
+    """From here on the model's logits are those of `tokens` at the last position: (n, choices).
+
+    It takes input_ids and attention_mask (n, length), padded on the left, and options (n,): how many choices
+    each example has. The logits of the others are −∞. Only the last position's are computed. Source: [V].
+    """
+    model.register_buffer("choice_tokens", torch.tensor(tokens), persistent=False)
+    forward, counts = model.forward, "position_ids" in inspect.signature(model.forward).parameters
+
+    def choose(input_ids: Tensor, attention_mask: Tensor, options: Tensor) -> SequenceClassifierOutput:
+        own = {"position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)} if counts else {}
+        output = forward(input_ids, attention_mask, **own, use_cache=False, logits_to_keep=1)
+        logits = output.logits[:, -1].index_select(1, model.choice_tokens).float()
+        absent = torch.arange(len(tokens), device=logits.device) >= options.unsqueeze(1)
+        return SequenceClassifierOutput(logits=logits.masked_fill(absent, -math.inf))
+
+    model.forward = choose
