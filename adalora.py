@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 # Modules after the encoder: trained in full, never adapted.
 HEADS = {"pooler", "classifier", "pre_classifier", "classification_head", "logits_proj", "sequence_summary"}
-HEADS |= {"score", "lm_head", "cls", "qa_outputs"}
+HEADS |= {"score", "lm_head", "cls", "qa_outputs", "head"}
 
 
 def add_low_rank(layer: nn.Module, x: Tensor, B: Tensor, A: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
     python benchmarks/step_cost.py --counts              # operations alone: exact, seconds
     python benchmarks/step_cost.py --peers               # peft and ivon-opt too, each in a process of its own
     python benchmarks/step_cost.py --device cuda --batch 32 --length 256 --bf16
+    python benchmarks/step_cost.py --llama --batch 4 --length 32 --peers    # LoRA at Llama-2-7B's layer shape
 
 A model of DeBERTaV3-base's shape (12 layers, 768 wide, six maps a layer) with random weights and adapters of
 rank 3. Operations are tensor operations dispatched below autograd, without views and empty allocations. Each
@@ -22,7 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -44,10 +45,15 @@ TARGETS = (
     "intermediate.dense",
     "output.dense",
 )
+LLAMA_TARGETS, LLAMA_RANK, LLAMA_ALPHA = ("q_proj", "v_proj"), 8, 16
+LLAMA_ROWS = {
+    "ours": ("LoRA + AdamW, whole step", "LoRA + IVON, whole step"),
+    "peft": ("peft LoRA + AdamW, whole step", "peft LoRA + ivon-opt, whole step"),
+}
 NOT_COUNTED = set(
     "view t transpose permute expand slice select unsqueeze squeeze detach as_strided alias _unsafe_view "
-    "unbind split split_with_sizes lift_fresh reshape is_same_size empty empty_like _to_copy "
-    "_reshape_alias".split()
+    "unbind split split_with_sizes lift_fresh reshape is_same_size empty empty_like new_empty_strided "
+    "_to_copy _reshape_alias".split()
 )
 
 
@@ -90,6 +96,16 @@ def backbone(layers: int, device: str, vocabulary: int = 200, classes: int = 2) 
     return model.train()
 
 
+def llama(layers: int, width: int, device: str) -> nn.Module:
+    """Llama-2-7B's shape, at another `width` in proportion, but for layers and vocabulary; frozen."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=200, hidden_size=width, intermediate_size=width * 11008 // 4096, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, use_cache=False,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(device).requires_grad_(False).train()
+
+
 def unfreeze_head(model: nn.Module) -> None:
     for name, p in model.named_parameters():
         if name.startswith(("pooler", "classifier")):
@@ -97,22 +113,27 @@ def unfreeze_head(model: nn.Module) -> None:
 
 
 class Batch:
-    """Token ids and labels, and the passes over them that all have in common."""
+    """Token ids and labels, and the passes over them that all share; `causal`: those of a language model."""
 
-    def __init__(self, batch: int, length: int, device: str, bf16: bool):
+    def __init__(self, batch: int, length: int, device: str, bf16: bool, causal: bool = False):
         ids = torch.randint(3, 200, (batch, length), device=device)
         self.inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        self.labels = torch.arange(batch, device=device) % 2
+        self.labels, self.causal = torch.arange(batch, device=device) % 2, causal
+        if causal:
+            self.inputs["logits_to_keep"] = 1
         self.autocast = torch.autocast(device.split(":")[0], torch.bfloat16) if bf16 else nullcontext()
 
     def backward(self, model: nn.Module) -> None:
         with self.autocast:
-            loss = F.cross_entropy(model(**self.inputs).logits.float(), self.labels)
+            logits = model(**self.inputs).logits
+            logits = logits[:, -1, :2] if self.causal else logits  # two tokens that may come next
+            loss = F.cross_entropy(logits.float(), self.labels)
         loss.backward()
 
     def frozen(self, model: nn.Module) -> Callable[[], None]:
         """The backbone's forward and backward pass: the gradient goes down to the embeddings."""
-        model.deberta.embeddings.register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
+        embeddings = model.model.embed_tokens if self.causal else model.deberta.embeddings
+        embeddings.register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
 
         def step() -> None:
             self.backward(model)
@@ -250,6 +271,47 @@ def peft_rows(args: argparse.Namespace) -> dict[str, Callable[[], Callable[[], N
     }
 
 
+def llama_rows(args: argparse.Namespace, which: str) -> dict[str, Callable[[], Callable[[], float]]]:
+    """Whole steps of LoRA on a language model: of "ours", or of "peft" with the public IVON."""
+    if which == "ours":
+        sys.path.insert(0, str(ROOT))
+    from ivon import IVON  # this one, or in a process that does not see this folder the public one
+
+    batch = Batch(args.batch, args.length, args.device, args.bf16, causal=True)
+
+    def training(ivon: bool) -> Callable[[], float]:
+        model = add_lora(llama(args.layers, args.width, args.device), which)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = IVON(trained, 0.1, 8551.0) if ivon else torch.optim.AdamW(trained, fused=True)
+        forward = torch.compile(model) if args.compile else model
+
+        def step() -> float:
+            """Returns the seconds of the forward and backward pass."""
+            with optimizer.sampled_params(train=True) if ivon else nullcontext():
+                of_pass = seconds(partial(batch.backward, forward), args.device)
+            optimizer.step()
+            optimizer.zero_grad()
+            return of_pass
+
+        return step
+
+    return {name: partial(training, "AdamW" not in name) for name in LLAMA_ROWS[which]}
+
+
+def add_lora(model: nn.Module, which: str) -> nn.Module:
+    """The model with fused adapters or with peft's."""
+    if which == "ours":
+        from adalora import inject
+        from fused import fuse
+
+        fuse(model, inject(model, LLAMA_TARGETS, LLAMA_RANK, LLAMA_ALPHA, kind="lora"))
+        return model
+    import peft
+
+    shape = {"target_modules": list(LLAMA_TARGETS), "r": LLAMA_RANK, "lora_alpha": LLAMA_ALPHA}
+    return peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", lora_dropout=0.0, **shape))
+
+
 def optimizer_step(args: argparse.Namespace, which: str) -> Callable[[], None]:
     """IVON's sample, restore and step on the adapters' parameters, which have their gradients already."""
     if which == "ours":
@@ -294,13 +356,21 @@ def seconds(step: Callable[[], object], device: str) -> float:
 
 
 def compared(step: Callable, reference: Callable, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a step, and its ratio to a reference that it takes turns with: the best of each."""
+    """Seconds of a step, and its ratio to a reference that it takes turns with: the best of each.
+
+    For a step that returns the seconds of its forward and backward pass, also those of the rest.
+    """
     for _ in range(args.warmup):
         reference()
         step()
-    pairs = [(seconds(reference, args.device), seconds(step, args.device)) for _ in range(args.repeats)]
+    device, passes = args.device, []
+    timed = partial(seconds, lambda: passes.append(step()), device)
+    pairs = [(seconds(reference, device), timed()) for _ in range(args.repeats)]
     base, own = map(min, zip(*pairs, strict=True))
-    return {"seconds": own, "ratio": own / base}
+    row = {"seconds": own, "ratio": own / base}
+    if passes[0] is not None:
+        row["optimizer"] = min(whole - part for (_, whole), part in zip(pairs, passes, strict=True))
+    return row
 
 
 def allocated(device: str) -> int:
@@ -328,15 +398,16 @@ def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]
             row["seconds"] = min(seconds(step, args.device) for _ in range(OPTIMIZER_STEPS))
         return {f"{name}: sample + restore + step": row}
     before = allocated(args.device)
-    reference = Batch(args.batch, args.length, args.device, args.bf16).frozen(
-        backbone(args.layers, args.device)
+    reference = Batch(args.batch, args.length, args.device, args.bf16, args.llama).frozen(
+        llama(args.layers, args.width, args.device) if args.llama else backbone(args.layers, args.device)
     )
     rows = {"frozen backbone, forward + backward": {"operations": operations(reference)}}
     if not args.counts:
         frozen = compared(reference, reference, args) | {"ratio": 1.0}
         frozen |= peak_memory(reference, args.device, before)
         rows["frozen backbone, forward + backward"] |= frozen
-    for name, make in (ours if which == "ours" else peft_rows)(args).items():
+    makers = llama_rows(args, which) if args.llama else (ours if which == "ours" else peft_rows)(args)
+    for name, make in makers.items():
         if args.rows and not re.search(args.rows, name):
             continue
         before = allocated(args.device)
@@ -356,6 +427,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "operations": "operations",
         "seconds": "ms",
         "ratio": "ratio to frozen",
+        "optimizer": "optimizer's part, ms",
         "peak_memory_mb": "peak MB",
     }
     columns = [key for key in head if any(key in row for row in rows.values())]
@@ -364,12 +436,21 @@ def table(rows: dict[str, dict[str, float]]) -> str:
         "operations": "{:,.0f}".format,
         "seconds": lambda s: f"{1000 * s:,.2f}",
         "ratio": "{:.3f}".format,
+        "optimizer": lambda s: f"{1000 * s:,.2f}",
         "peak_memory_mb": "{:,.0f}".format,
     }
     for name, row in rows.items():
         cells = (write[key](row[key]) if key in row else "" for key in columns)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def overheads(rows: dict[str, dict[str, float]]) -> Iterator[str]:
+    """How much more of a step IVON takes than AdamW."""
+    for adamw, ivon in LLAMA_ROWS.values():
+        if adamw in rows and ivon in rows:
+            share = (rows[ivon]["optimizer"] - rows[adamw]["optimizer"]) / rows[adamw]["seconds"]
+            yield f"{ivon}: its optimizer takes {share:.3%} of AdamW's step longer"
 
 
 def in_a_process(which: str) -> dict[str, dict[str, float]]:
@@ -387,7 +468,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--layers", type=int, help="12; 2 with --llama")
+    parser.add_argument("--llama", action="store_true", help="LoRA at Llama-2-7B's layer shape instead")
+    parser.add_argument("--width", type=int, default=4096, help="of --llama; the operations are the same")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=9)
@@ -398,13 +481,17 @@ def main() -> None:
     parser.add_argument("--peers", action="store_true", help="peft and ivon-opt as well")
     parser.add_argument("--only", help=argparse.SUPPRESS)  # of a process of its own: its rows as JSON
     args = parser.parse_args()
+    args.layers = args.layers or (2 if args.llama else 12)
     if args.only:
         print(json.dumps(measure(args, args.only)))
         return
-    rows, ratios = in_a_process("ours") | in_a_process("ivon-ours"), []
+    rows, ratios = in_a_process("ours"), []
+    if not args.llama:
+        rows |= in_a_process("ivon-ours")
     if args.peers:
         peft = in_a_process("peft")
         rows |= {f"{name} (peft's process)" if name in rows else name: row for name, row in peft.items()}
+    if args.peers and not args.llama:
         for _ in range(1 if args.counts else PAIRS):
             one, other = in_a_process("ivon-ours"), in_a_process("ivon-public")
             rows |= one | other
@@ -419,6 +506,8 @@ def main() -> None:
         middle, least, most = statistics.median(ratios), min(ratios), max(ratios)
         spread = f"{least:.2f} to {most:.2f} in {PAIRS} pairs of processes"
         print(f"\nIVON's time over ivon-opt's: {middle:.2f} ({spread})")
+    if args.llama and not args.counts:
+        print("", *overheads(rows), sep="\n")
 
 
 if __name__ == "__main__":
