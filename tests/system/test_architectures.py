@@ -215,7 +215,7 @@ def test_merged_weights_in_the_plain_model_give_the_same_output(run: Run):
 
 def test_the_layer_before_modernberts_classifier_is_part_of_its_head():
     model, *_ = modernbert()
-    with pytest.raises(ValueError, match="head.dense is part of the head"):
+    with pytest.raises(ValueError, match=r"head\.dense is part of the head"):
         inject(model, ["head.dense"], RANK, alpha=6)
 
 
