@@ -50,6 +50,13 @@ def published(task: str, method: str, optimizer: str) -> dict[str, Any]:
     return COMMON | ADALORA | (IVON | {"ess": ess, "hess_init": h0} if optimizer == "ivon" else ADAMW)
 
 
+def demo(method: str, optimizer: str) -> dict[str, Any]:
+    """For the embedded language model, which is far smaller: our own. The largest step is 3e-3."""
+    own = {"batch_size": 16, "eval_batch_size": 64, "max_length": 64, "max_steps": 300, "total_steps": 300}
+    own |= {"eval_every": 100, "tinit": 40, "tfinal": 100, "lr": 3.0 if optimizer == "ivon" else 3e-3}
+    return published("boolq", method, optimizer) | own
+
+
 # ---- what an example is, from a row of the data --------------------------------------------------------
 
 
@@ -182,5 +189,4 @@ TASKS = {task.name: task for task in (
         ("passage", "question"), boolq),
 )}
 # fmt: on
-# The embedded model's settings are our own.
-DEMO = replace(TASKS["boolq"], model=str(DEMO_FOLDER / "language_model"))
+DEMO = replace(TASKS["boolq"], model=str(DEMO_FOLDER / "language_model"), train_size=1600, settings=demo)

@@ -478,7 +478,23 @@ def test_eight_bits_without_bitsandbytes_are_refused(
     assert "pip install bitsandbytes" in refused([*argv, "--output_dir", str(tmp_path / "run")], capsys)
 
 
-# --- a real one ---------------------------------------------------------------------------------------------
+# --- the demo's, and a real one -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_demos_language_model_learns_to_answer(tmp_path: Path):
+    run_glue.main(["--demo", "--task", "boolq", *LORA, "--output_dir", str(tmp_path / "run")])
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["last"]["accuracy"] > 0.9  # the more frequent answer has 0.53
+    assert (results["demo"], results["task"]) == (True, "boolq")
+
+
+def test_the_demos_language_model_has_a_folder_of_its_own():
+    names = [
+        Settings.from_command_line(["--demo", *flags, *LORA], "").output_dir.name
+        for flags in ([], ["--task", "cola"], ["--task", "boolq"])
+    ]
+    assert names == ["demo-lora-ivon-r2-s2021", "demo-lora-ivon-r2-s2021", "demo-boolq-lora-ivon-r8-s2021"]
 
 
 @pytest.mark.slow
