@@ -78,7 +78,6 @@ class Flat:
         self.estimates = torch.zeros(2, len(self.h), dtype=self.h.dtype, device=self.h.device)
         self.g_hat, self.product = self.estimates
         self.blocks = 0  # how many are in these sums
-        self.updated = False  # whether ĝ is that of a step
         names = ("g", "h", "m", "theta", "deviation", "g_hat", "product")
         self.views = {name: self.split(getattr(self, name)) for name in names}
         for state, g, h in zip(states, self.views["g"], self.views["h"], strict=True):
@@ -123,7 +122,7 @@ class Flat:
         ess, delta, beta1, beta2 = (group[name] for name in ("ess", "weight_decay", "beta1", "beta2"))
         if self.blocks > 1:
             self.estimates.div_(self.blocks)
-        self.blocks, self.updated = 0, True
+        self.blocks = 0
         if group["sync"] and dist.is_initialized():
             dist.all_reduce(self.estimates)
             self.estimates.div_(dist.get_world_size())
@@ -278,37 +277,6 @@ class IVON(torch.optim.Optimizer):
         if len(found) < len(asked):
             raise ValueError("sigma was asked for a tensor that is not a parameter of this optimizer")
         return [found[p] for p in params]
-
-    @torch.no_grad()
-    def diagnostics(self) -> dict[str, float]:
-        """What the last step was like, and where h and σ are, over all entries. Waits for the device.
-
-        "clipped": share of entries whose step was clipped. "mean_step": mean step over the largest possible.
-        "h_05", "h_50", "h_95": quantiles of h/h0. "sigma", "sigma_cv": σ's median, and its deviation over its
-        mean. "law": share of h that gradient noise explains, (1 − β2^t)·½(1 − β2)·ess·E[ĝ²] with Price's
-        estimator, (1 − β2^t)·ess·E[ĝ²] with `gradsq` (docs/method.md); E is over a parameter's entries. It is
-        None right after triplets have been taken out, or a state loaded.
-        """
-        found, flats = defaultdict(list), self._gather()
-        for flat in flats:
-            flat.save_mean()
-            s, t = flat.group, flat.group["step"]
-            precision, beta2 = flat.h + s["weight_decay"], s["beta2"]
-            g_bar = flat.g / (1 - s["beta1"] ** t if s["debias"] else 1)
-            step = (g_bar + s["weight_decay"] * flat.m).div_(precision).abs_() / s["clip_radius"]
-            found["step"].append(step.clamp_(max=1))
-            found["h"].append(flat.h / s["hess_init"])
-            found["sigma"].append(posterior_sigma(flat.h, s["ess"], s["weight_decay"]))
-            noise = (1 - beta2**t) * s["ess"] * ((1 - beta2) / 2 if flat.price else 1)
-            for h, g_hat in zip(flat.views["h"], flat.views["g_hat"], strict=True):
-                found["law"].append((noise * g_hat.square().mean() / h.mean()).expand(h.numel()))
-        step, h, sigma, law = (torch.cat(found[name]) for name in ("step", "h", "sigma", "law"))
-        found = {"clipped": (step == 1).float().mean(), "mean_step": step.mean(), "law": law.mean()}
-        few = slice(None, None, max(1, len(h) // 1_000_000))  # quantiles of many entries take long
-        found |= {f"h_{q:02.0f}": h[few].quantile(q / 100) for q in (5, 50, 95)}
-        found |= {"sigma": sigma[few].median(), "sigma_cv": sigma.std(correction=0) / sigma.mean()}
-        known = all(flat.updated for flat in flats)
-        return {name: float(value) if known or name != "law" else None for name, value in found.items()}
 
     def __setstate__(self, state: dict) -> None:
         """Called by `load_state_dict`, deepcopy and unpickling."""

@@ -29,6 +29,7 @@ import fused
 from budget import CubicBudget
 from harness import encoder, prediction, processes, run_folder
 from harness.batches import Batches, Split, evaluation_split, tokenize
+from harness.diagnostics import diagnostics
 from harness.metrics import rank_table
 from harness.settings import Settings, check_device, exit_status, learning_rate, task_of
 from ivon import IVON
@@ -50,7 +51,6 @@ def train(settings: Settings) -> None:
     optimizer = make_optimizer(model, settings)
     allocator = make_allocator(layers, optimizer, settings)
     sampled = getattr(optimizer, "sampled_params", no_posterior)
-    diagnostics = getattr(optimizer, "diagnostics", dict)
     add_penalty_gradients = adalora.add_penalty_gradients
     if not settings.plain:
         fused.fuse(model, layers)
@@ -64,7 +64,7 @@ def train(settings: Settings) -> None:
 
     def evaluate() -> tuple[dict[str, dict], dict[str, Tensor], dict[str, float]]:
         sigma = prediction.sigma_by_name(model, optimizer)
-        return prediction.evaluate(model, splits, settings, sigma), sigma, diagnostics()
+        return prediction.evaluate(model, splits, settings, sigma), sigma, diagnostics(optimizer)
 
     objects = {"optimizer": optimizer, "allocator": allocator}
     checksums = {"encoder": run_folder.fingerprint(model), "data": batches.checksum(splits.values())}
@@ -89,8 +89,8 @@ def train(settings: Settings) -> None:
                     add_penalty_gradients(layers, settings.orth, settings.squared_orth)  # γ R(P, Q)
             optimizer.step()  # μ, σ
             allocator.step(t)  # the b(t) best triplets stay
-            optimizer.zero_grad()
             run.after_update(t, loss, lr, allocator.budget(t), allocator.tracked)
+            optimizer.zero_grad()
 
         budget = allocator.budget(0), allocator.budget(settings.total_steps)
         parameters = adapter_parameters, encoder.count_parameters(model)

@@ -55,7 +55,7 @@ OWN_PLACE = {"task", "seed", "method", "optimizer", "score", "target_rank", "dem
 BATCH = ["batch_size", "grad_accum", "processes"]
 # Length, batches, and checksums of data and frozen weights.
 SHAPES = [f.name for f in fields(Settings) if f.metadata["role"] == SHAPE] + ["data", "encoder"]
-DIAGNOSTICS = ("clipped", "mean_step", "law", "h_05", "h_50", "h_95", "sigma", "sigma_cv")  # ivon.py
+DIAGNOSTICS = ("clipped", "mean_step", "law", "h_05", "h_50", "h_95", "sigma", "sigma_cv")
 GROUP = ["model", "row", "task"]  # the same for runs that differ in the seed alone
 
 

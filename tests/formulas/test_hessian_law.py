@@ -11,6 +11,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+from harness.diagnostics import diagnostics
 from ivon import IVON
 
 N, STEPS, BETA2 = 4_000, 700, 0.99
@@ -66,4 +67,4 @@ def test_the_diagnostics_say_which_share_of_h_gradient_noise_explains():
             p.grad = 32e-4 * p.detach() + 1e-2 * torch.randn(N, dtype=torch.float64)
         opt.step()
     # s² = 1e-4, H = 32 s²: h* = 32 s² + 10 s², of which the second term is 10/42.
-    assert opt.diagnostics()["law"] == pytest.approx(10 / 42, rel=0.05)
+    assert diagnostics(opt)["law"] == pytest.approx(10 / 42, rel=0.05)

@@ -1380,28 +1380,3 @@ def test_at_beta2_of_1_and_a_vast_ess_ivon_is_clipped_momentum_without_noise():
     assert opt.sigma(p).max() < 1e-13
     assert (opt.state[p]["h"] == 1e-2).all()
     np.testing.assert_allclose(p.detach().numpy(), m, rtol=1e-5, atol=1e-5)
-
-
-def test_diagnostics_are_of_the_state_alone():
-    """Vectors gathered anew, as after a loaded state, have the same; but for ĝ, which is not in the state."""
-    opt, params = make()
-    train(opt, params, 3)
-    before = opt.diagnostics()
-    opt.load_state_dict(opt.state_dict())
-    after = opt.diagnostics()
-    assert before.pop("law") > 0
-    assert after.pop("law") is None
-    assert before == after
-
-
-def test_diagnostics_count_the_clipped_entries_of_the_last_step():
-    p = nn.Parameter(torch.zeros(4))
-    opt = IVON([p], 1.0, 1e12, hess_init=1.0, beta2=1.0, weight_decay=0, clip_radius=0.5)
-    with opt.sampled_params(train=True):
-        p.grad = torch.tensor([0.25, -0.6, 3.0, 0.0])
-    opt.step()
-    found = opt.diagnostics()
-    assert found["clipped"] == 0.5
-    assert found["mean_step"] == pytest.approx((0.5 + 1 + 1 + 0) / 4, rel=1e-4)
-    assert found["h_50"] == pytest.approx(1, rel=1e-3)
-    assert found["sigma"] == pytest.approx(1e-6, rel=1e-3)

@@ -1,0 +1,43 @@
+"""What is recorded of IVON with an evaluation; "law" is tested in test_hessian_law.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from harness.diagnostics import diagnostics
+from ivon import IVON
+
+
+def test_they_are_of_the_last_step_and_of_the_state_after_it():
+    p, q = (nn.Parameter(torch.zeros(n)) for n in (3, 1))
+    opt = IVON([p, q], 1.0, 1e12, hess_init=1.0, beta2=1.0, weight_decay=0, clip_radius=0.5)
+    with opt.sampled_params(train=True):
+        p.grad, q.grad = torch.tensor([0.25, -0.6, 3.0]), torch.zeros(1)
+    opt.step()
+    found = diagnostics(opt)
+    assert found["clipped"] == 0.5
+    assert found["mean_step"] == pytest.approx((0.5 + 1 + 1 + 0) / 4, rel=1e-4)
+    assert [found[f"h_{q}"] for q in ("05", "50", "95")] == pytest.approx([1, 1, 1])
+    assert found["sigma"] == pytest.approx(1e-6)
+    assert found["sigma_cv"] == pytest.approx(0, abs=1e-6)
+    assert found["law"] == 0  # h is held
+
+
+def test_they_are_the_same_with_a_state_that_was_loaded():
+    p = nn.Parameter(torch.ones(4))
+    opt = IVON([p], 0.1, 100, hess_init=0.1, beta2=0.9, clip_radius=0.5)
+    for _ in range(3):
+        with opt.sampled_params(train=True):
+            p.square().sum().backward()
+        opt.step()
+    before = diagnostics(opt)
+    opt.load_state_dict(opt.state_dict())
+    assert diagnostics(opt) == before
+
+
+def test_an_optimizer_without_h_has_none():
+    p = nn.Parameter(torch.ones(4))
+    opt = torch.optim.AdamW([p])
+    p.square().sum().backward()
+    opt.step()
+    assert diagnostics(opt) == {}
