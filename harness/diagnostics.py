@@ -13,8 +13,8 @@ def diagnostics(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
     "clipped": share of entries whose step was clipped. "mean_step": mean step over the largest possible.
     "h_05", "h_50", "h_95": quantiles of h/h0. "sigma", "sigma_cv": σ's median, and its deviation over its
-    mean. "law": share of h that gradient noise explains, (1 − β2^t)·½(1 − β2)·ess·E[ĝ²] with Price's estimator,
-    (1 − β2^t)·ess·E[ĝ²] with `gradsq` (docs/method.md); E is over a parameter's entries.
+    mean. "law": share of h that gradient noise explains, (1 − β2^t)·½(1 − β2)·ess·E[ĝ²] with Price's
+    estimator, (1 − β2^t)·ess·E[ĝ²] with `gradsq` (docs/method.md); E is over a parameter's entries.
     """
     found = defaultdict(list)
     for s in optimizer.param_groups:
