@@ -329,37 +329,23 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert resumed["last"] == whole["last"]
 
 
-def test_a_glue_task_runs_on_a_causal_language_model(llama: Path, tmp_path: Path):
-    data = write_glue(tmp_path / "glue", "mnli")
-    argv = [
-        "--task",
-        "mnli",
-        "--model",
-        str(llama),
-        "--data_dir",
-        str(data),
-        "--output_dir",
-        str(tmp_path / "run"),
-    ]
-    run_glue.main([*argv, "--max_steps", "4", "--method", "lora", "--lr", "1", "--max_length", "120"])
+@pytest.mark.parametrize("task", ["mnli", "sst2"])
+def test_a_glue_task_runs_on_a_causal_language_model(task: str, llama: Path, tmp_path: Path):
+    model = llama if task == "mnli" else glue.DEMO_FOLDER / "language_model"
+    where = (
+        f"--model {model} --data_dir {write_glue(tmp_path / 'glue', task)} --output_dir {tmp_path / 'run'}"
+    )
+    flags = f"--task {task} --max_steps 4 --method lora --lr 1 --max_length 200 {where}"
+    run_glue.main(flags.split())
+    evaluate.main([str(tmp_path / "run"), "--eval_samples", "2"])
     assert json.loads((tmp_path / "run/results.json").read_text())["metric"] == "accuracy"
 
 
 def test_files_of_ones_own_take_a_prompt_and_choices(llama: Path, tmp_path: Path):
     rows = [{"review": text, "stars": i % 2 + 1} for i, text in enumerate(sentences(24))]
     path = write_lines(tmp_path / "reviews.jsonl", rows)
-    argv = [
-        "--train_file",
-        str(path),
-        "--holdout",
-        "0.25",
-        "--columns",
-        "review",
-        "stars",
-        "--model",
-        str(llama),
-    ]
-    argv += ["--prompt", "the dog {review} Answer:", "--choices", "B", "A", "--max_steps", "4", "--lr", "1"]
+    own = f"--train_file {path} --holdout 0.25 --columns review stars --model {llama} --max_steps 4 --lr 1"
+    argv = [*own.split(), "--prompt", "the dog {review} Answer:", "--choices", "B", "A"]
     run_glue.main([*argv, "--method", "lora", "--output_dir", str(tmp_path / "run")])
     evaluate.main([str(tmp_path / "run"), "--split", "holdout"])
     settings = Settings.from_config(json.loads((tmp_path / "run/config.json").read_text()))
@@ -465,17 +451,8 @@ def test_eight_bits_without_bitsandbytes_are_refused(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else there(name)
     )
-    argv = [
-        "--task",
-        "boolq",
-        "--model",
-        str(llama),
-        "--data_dir",
-        str(write_boolq(tmp_path)),
-        "--base_dtype",
-        "int8",
-    ]
-    assert "pip install bitsandbytes" in refused([*argv, "--output_dir", str(tmp_path / "run")], capsys)
+    where = f"--model {llama} --data_dir {write_boolq(tmp_path)} --output_dir {tmp_path / 'run'}"
+    assert "pip install bitsandbytes" in refused(f"--task boolq --base_dtype int8 {where}".split(), capsys)
 
 
 # --- the demo's, and a real one -----------------------------------------------------------------------------
@@ -515,17 +492,8 @@ def test_smollm2_is_trained_and_its_exports_load(tmp_path: Path):
     model.save_pretrained(tmp_path / "smollm2")
     AutoTokenizer.from_pretrained(package, **how).save_pretrained(tmp_path / "smollm2")
     data, run = write_glue(tmp_path / "glue", "sst2"), tmp_path / "run"
-    argv = [
-        "--task",
-        "sst2",
-        "--model",
-        str(tmp_path / "smollm2"),
-        "--data_dir",
-        str(data),
-        "--batch_size",
-        "2",
-    ]
-    run_glue.main([*argv, *LORA, "--max_steps", "20", "--output_dir", str(run)])
+    where = f"--model {tmp_path / 'smollm2'} --data_dir {data} --output_dir {run}"
+    run_glue.main([*LORA, *f"--task sst2 --batch_size 2 --max_steps 20 {where}".split()])
     export.main(["peft", str(run), str(tmp_path / "adapter")])
     export.main(["merged", str(run), str(tmp_path / "merged")])
     adapted = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()

@@ -372,6 +372,15 @@ def test_plain_and_fused_keep_the_same_triplets_and_train_the_same_parameters(
         torch.testing.assert_close(weights["plain"][tensor_name], tensor, rtol=0, atol=1e-5)
 
 
+def test_checkpointing_activations_changes_no_result(bert: Path, glue_folder: Path, tmp_path: Path):
+    weights = []
+    for name, flags in (("all", []), ("few", ["--checkpointing"])):
+        assert run(command(bert, glue_folder, tmp_path / name, *flags)) == 0
+        weights.append(load_file(tmp_path / name / "adapter/adapter.safetensors"))
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-6)
+
+
 def test_at_beta2_of_1_every_sigma_stays_what_h0_makes_it(bert: Path, glue_folder: Path, tmp_path: Path):
     more = ["--beta2", "1", "--hess_init", "0.5", "--ess", "800", "--weight_decay", "0"]
     assert run(command(bert, glue_folder, tmp_path / "run", *more)) == 0
