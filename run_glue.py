@@ -1,15 +1,16 @@
-"""Fine-tune an encoder on a GLUE task with adaptive low-rank adapters, scored by the posterior.
+"""Fine-tune a model on a GLUE task with adaptive low-rank adapters, scored by the posterior.
 
     python run_glue.py --demo                                           # embedded model and data, a minute
     python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
     python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA as published
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
     python run_glue.py --train_file train.csv --validation_file dev.csv       # data of your own
+    python run_glue.py --task boolq --method lora --optimizer ivon           # a causal language model
     python run_glue.py --task cola --optimizer ivon --score mu --resume       # continue this run
     torchrun --nproc_per_node 2 run_glue.py --task cola --optimizer ivon --score mu     # on two GPUs
 
-Flags that are not given take the papers' values for the task (harness/glue.py). What a run leaves behind, and
-what to do with it: docs/running.md.
+Flags that are not given take the papers' values for the task (harness/glue.py, harness/choice.py). What a run
+leaves behind, and what to do with it: docs/running.md.
 
 Exit status: 0 done; 2 a usage or input error; 3 something was not finite; 130 interrupted, 143 terminated (a
 checkpoint is kept).

@@ -19,10 +19,10 @@ GROUP = 50  # batches that --group_by_length sorts together
 def tokenize(
     dataset: Any, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, causal: bool = False
 ) -> tuple[list[dict], Tensor]:
-    """Each example's token ids, unpadded, and all labels (n,): int64, or for regression float32.
+    """Each example's input_ids and attention_mask, unpadded, and all labels (n,): int64, or for regression
+    float32. For a causal language model they are the prompt's, and "options" is how many choices there are.
 
-    For a causal language model: of the task's prompt, with how many options the example has. Raises
-    UsageError for a prompt that does not fit into `max_length`.
+    Raises UsageError for a prompt that does not fit into `max_length`.
     """
     if causal:
         features = encode_prompts(dataset, task, tokenizer, max_length)
@@ -40,15 +40,15 @@ def encode_prompts(
 ) -> list[dict]:
     columns = {name: list(dataset[name]) for name in dict.fromkeys(FIELD.findall(task.prompt))}
     examples = [dict(zip(columns, texts, strict=True)) for texts in zip(*columns.values(), strict=True)]
-    prompts = tokenizer([fill_in(task.prompt, example) for example in examples])["input_ids"]
+    prompts = encoded([fill_in(task.prompt, example) for example in examples], tokenizer)
     options = dataset["options"] if "options" in dataset.column_names else [len(task.choices)] * len(prompts)
     features = []
     for i, (example, ids, n) in enumerate(zip(examples, prompts, options, strict=True)):
-        for name in sorted(task.cut, key=lambda name: -len(example[name])):  # the longest loses its end
+        for name in sorted(example.keys() & {*task.cut}, key=lambda name: (-len(example[name]), name)):
             if len(ids) > max_length:
                 ids = cut_prompt(task.prompt, example, name, tokenizer, max_length)
         if len(ids) > max_length:
-            long = f"has {len(ids)} tokens without its texts: give a --max_length above {max_length}"
+            long = f"has {len(ids)} tokens without its texts: give a --max_length of at least {len(ids)}"
             raise UsageError(f"the prompt of example {i} {long}")
         features.append({"input_ids": ids, "attention_mask": [1] * len(ids), "options": n})
     return features
@@ -59,15 +59,24 @@ def cut_prompt(
 ) -> list[int]:
     """The prompt with as much of one column's text as `max_length` allows; `example` has it cut, too."""
 
-    def encoded(characters: int) -> list[int]:
-        return tokenizer(fill_in(prompt, example | {column: text[:characters]}))["input_ids"]
+    def ids(characters: int) -> list[int]:
+        return encoded([fill_in(prompt, example | {column: text[:characters]})], tokenizer)[0]
 
     text, fits, too_many = example[column], 0, len(example[column])
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if len(encoded(middle)) <= max_length else (fits, middle)
+        fits, too_many = (middle, too_many) if len(ids(middle)) <= max_length else (fits, middle)
     example[column] = text[:fits]
-    return encoded(fits)
+    return ids(fits)
+
+
+def encoded(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids without a special token at the end, which some tokenizers add: the answer comes there."""
+    found = tokenizer(prompts)["input_ids"]
+    for ids in found:
+        while ids and ids[-1] in tokenizer.all_special_ids:
+            ids.pop()
+    return found
 
 
 class Split(NamedTuple):

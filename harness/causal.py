@@ -13,12 +13,14 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import SequenceClassifierOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as MASKED
 
 from harness import processes
 from harness.task import Task, UsageError
 
-CLASSES = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}  # as config.json names them
+# As config.json names them. Encoders that can also be decoders count as encoders.
+CLASSES = {name for kind, name in CAUSAL.items() if kind not in MASKED}
 
 
 def precision(base_dtype: str, device: str) -> dict:
@@ -28,7 +30,7 @@ def precision(base_dtype: str, device: str) -> dict:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise UsageError("--base_dtype int8 needs bitsandbytes: pip install bitsandbytes, or give bfloat16")
     config = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    return {"quantization_config": config, "device_map": {"": device}}
+    return {"quantization_config": config, "dtype": torch.float16, "device_map": {"": device}}
 
 
 def pad_left(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -40,18 +42,21 @@ def pad_left(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
             sys.stderr.write(f"{name} has no padding token: {tokenizer.pad_token} is used\n")
 
 
-def choice_tokens(tokenizer: PreTrainedTokenizerBase, task: Task) -> list[int]:
+def choice_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, name: str) -> list[int]:
     """The token of each choice as it follows the prompt: with its space, unless that ends in white space.
 
-    Raises UsageError for a choice that is not a single token.
+    Raises UsageError unless each choice is a token, and none the same as another.
     """
     before, space = ("\n", "") if task.prompt[-1].isspace() else (":", " ")
     texts = [before, *(before + space + choice for choice in task.choices)]
     head, *wholes = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    tokens = [whole[-1] for whole in wholes]
     for choice, whole in zip(task.choices, wholes, strict=True):
-        if len(whole) != len(head) + 1 or whole[:-1] != head:
-            raise UsageError(f"--choices: {choice!r} is not a single token of this model's: give other words")
-    return [whole[-1] for whole in wholes]
+        single = len(whole) == len(head) + 1 and whole[:-1] == head and whole[-1] != tokenizer.unk_token_id
+        if not single or not choice.strip() or tokens.count(whole[-1]) > 1:
+            what = f"{choice!r}, after a prompt that ends in {task.prompt[-1]!r}, is not a token of its own"
+            raise UsageError(f"--model {name}: {what}, as a choice must be (--choices, for your own data)")
+    return tokens
 
 
 def answer_by_choosing(model: PreTrainedModel, tokens: list[int]) -> None:
@@ -65,7 +70,8 @@ def answer_by_choosing(model: PreTrainedModel, tokens: list[int]) -> None:
 
     def choose(input_ids: Tensor, attention_mask: Tensor, options: Tensor) -> SequenceClassifierOutput:
         own = {"position_ids": (attention_mask.cumsum(1) - 1).clamp_min(0)} if counts else {}
-        output = forward(input_ids, attention_mask, **own, use_cache=False, logits_to_keep=1)
+        own |= {"use_cache": False, "logits_to_keep": 1}
+        output = forward(input_ids=input_ids, attention_mask=attention_mask, **own)
         logits = output.logits[:, -1].index_select(1, model.choice_tokens).float()
         absent = torch.arange(len(tokens), device=logits.device) >= options.unsqueeze(1)
         return SequenceClassifierOutput(logits=logits.masked_fill(absent, -math.inf))

@@ -65,7 +65,7 @@ def winogrande(row: Mapping[str, Any]) -> dict[str, Any]:
     return texts | {"label": position(("1", "2"), row.get("answer"))}
 
 
-def multiple_choice(row: Mapping[str, Any]) -> dict[str, Any]:
+def multiple_choice(most: int, row: Mapping[str, Any]) -> dict[str, Any]:
     """ARC's and OpenBookQA's, from their files or the Hub. Options may be named A to E or 1 to 5."""
     if isinstance(row.get("question"), Mapping):
         question, options = row["question"]["stem"], row["question"]["choices"]
@@ -73,8 +73,8 @@ def multiple_choice(row: Mapping[str, Any]) -> dict[str, Any]:
     else:
         question = row["question_stem"] if "question_stem" in row else row["question"]
         names, texts = row["choices"]["label"], row["choices"]["text"]
-    if not 2 <= len(texts) <= len(LETTERS) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"there are 2 to {len(LETTERS)} choices, not {texts}")
+    if not 2 <= len(texts) == len(names) <= most or not all(isinstance(x, str) and x for x in texts):
+        raise ValueError(f"there are 2 to {most} choices, each with its name and text, not {texts}")
     choices = " ".join(f"{letter}. {sentence(text)}" for letter, text in zip(LETTERS, texts, strict=False))
     label = position(names, row.get("answerKey"))
     return {"question": question, "choices": choices, "options": len(texts), "label": label}
@@ -116,6 +116,8 @@ def load(
         path = data_dir and Path(data_dir) / files[split]
         if data_dir and splits is None and split == "test" and not path.exists():
             continue
+        if data_dir and not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: the data folder needs the data set's own files")
         rows = read_rows(path) if data_dir else enumerate(whole[split])
         examples = read_examples(path or f"{hub[0]}, {split}", rows, example, labelled=split != "test")
         loaded[split] = Dataset.from_list(list(examples))
@@ -135,9 +137,11 @@ def read_examples(
             if wrong := [name for name in texts if not isinstance(found[name], str)]:
                 raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}, which is not text")
         except KeyError as error:
-            raise UsageError(f"{where}:{number}: there is no {error.args[0]}") from None
-        except (ValueError, TypeError) as error:
+            raise UsageError(f"{where}:{number}: {error} is missing") from None
+        except ValueError as error:
             raise UsageError(f"{where}:{number}: {error}") from None
+        except TypeError as error:  # something else where an object or a list belongs
+            raise UsageError(f"{where}:{number}: not a row of this data set: {error}") from None
         yield found | {"idx": idx}
 
 
@@ -168,7 +172,8 @@ def winogrande_task(size: str, examples: int) -> Task:
 
 def question_task(name: str, hub: tuple, folder: str, files: Collection[str], size: int, most: int) -> Task:
     prompt, choices = SELECT + "{question} Choices: {choices} Answer:", LETTERS[:most]
-    return choice_task(name, hub, folder, files, size, prompt, choices, ("question",), multiple_choice)
+    example = partial(multiple_choice, most)
+    return choice_task(name, hub, folder, files, size, prompt, choices, ("question",), example)
 
 
 def arc_task(kind: str, size: int) -> Task:

@@ -1,4 +1,7 @@
-"""A checkpoint, from the Hub or a folder → tokenizer and model; adapters around its linear maps."""
+"""A checkpoint, from the Hub or a folder → tokenizer and model; adapters around its linear maps.
+
+An encoder gets a head; what a causal language model gets instead is in causal.py.
+"""
 
 import math
 from collections.abc import Iterable
@@ -67,8 +70,8 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase,
     if highest >= weights:
         raise UsageError(f"--model {name}: the tokenizer has a token {highest}, the model embeds {weights}")
     if choosing:
+        causal.answer_by_choosing(model, causal.choice_tokens(tokenizer, task, name))
         causal.pad_left(tokenizer, name)
-        causal.answer_by_choosing(model, causal.choice_tokens(tokenizer, task))
     if tokenizer.pad_token is None:
         raise UsageError(f"--model {name}: the tokenizer has no padding token")
     return tokenizer, model
@@ -78,7 +81,7 @@ def check_can_do(settings: Settings, task: Task, choosing: bool) -> None:
     """Raise UsageError for a task that an encoder, or a causal language model, cannot do."""
     s = settings
     if choosing and not task.prompt:
-        what = "gives numbers" if not task.labels else "has no prompt: give --prompt"
+        what = "has no prompt: give --prompt" if task.labels else "gives numbers: use an encoder"
         raise UsageError(f"--model {s.model} is a causal language model, and {task.name} {what}")
     if not choosing and not task.text:
         raise UsageError(f"--model {s.model} is an encoder: {task.name} needs a causal language model")
@@ -137,6 +140,8 @@ def adapt(
     for name, p in model.named_parameters():
         if is_head(name) and not settings.causal:
             p.requires_grad_(True)
+    if not any(p.requires_grad and p.numel() for p in model.parameters()):
+        raise UsageError("--target_rank 0 leaves nothing to train: a causal language model has no head")
     limits = getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
     longest = min((n for n in limits if isinstance(n, int)), default=math.inf)
     if settings.max_length > longest:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 
 def task_metrics(task: str, predictions: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """The metrics of a GLUE task; the first is the one the task is judged by.
+    """The metrics of a task, GLUE's or a choice task; the first is the one the task is judged by.
 
     Args:
         predictions, labels: (n,), class indices, or numbers for stsb.

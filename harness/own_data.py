@@ -36,9 +36,13 @@ def own_task(
     name: str, files: Mapping[str, Path | None], columns: list[str], labels: list[str], metric: str,
     size: int, prompt: str | None = None, choices: Collection[str] | None = None,
 ) -> Task:  # fmt: skip
-    """Of files by split; no labels stand for a regression. The settings are CoLA's."""
+    """Of files by split; no labels stand for a regression. The settings are CoLA's.
+
+    prompt: with the files' own names of the text columns in braces.
+    """
     files = {split: path for split, path in files.items() if path}
     text = TEXT[: len(columns) - 1]
+    renamed = {name: f"{{{own}}}" for name, own in zip(columns, text, strict=False)}
     return Task(
         name,
         folder=name,
@@ -52,7 +56,7 @@ def own_task(
         validation=("validation",) if "validation" in files else (),
         tests=("test",) if "test" in files else (),
         written=tuple(labels),
-        prompt=fill_in(prompt or "", {name: f"{{{own}}}" for name, own in zip(columns, text, strict=False)}),
+        prompt=fill_in(prompt or "", renamed),
         choices=tuple(choices or labels),
         cut=text,
     )
@@ -74,8 +78,12 @@ def check_prompt(
         raise UsageError(
             f"--prompt {shown(prompt)}: the text columns belong in braces, {braces}, and no other"
         )
+    order = ", ".join(labels)[:200]
     if choices and not len(set(choices)) == len(choices) == len(labels):
-        raise UsageError(f"--choices: give {len(labels)} words, for the labels {', '.join(labels)[:200]}")
+        raise UsageError(f"--choices: give {len(labels)} words, for the labels {order}")
+    folded = [[word.casefold() for word in words] for words in (choices or labels, labels)]
+    if folded[0] != folded[1] and sorted(folded[0]) == sorted(folded[1]):
+        raise UsageError(f"--choices {' '.join(choices)}: the labels' order is {order}")
 
 
 def check_file(path: Path) -> None:

@@ -276,7 +276,7 @@ def is_finished(folder: Path) -> bool:
 def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     """Raise UsageError for the first setting or checksum that differs from the run's in the folder.
 
-    What says which data a run has comes before their checksum.
+    What decides which weights and tokens a run has comes before their checksums.
     """
     own = settings["train_file"] is not None
     data = "a file of --train_file or --validation_file" if own else "--data_dir"
@@ -288,7 +288,8 @@ def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     said = {name: f"--{name}" if group else name for name, group in groups.items()}
     said |= {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
     said |= {"task": "--name"} if own else {}
-    for name in dict.fromkeys(["encoder", "task", "holdout", "holdout_seed", "data", *groups]):
+    first = ["task", "holdout", "holdout_seed", "base_dtype", "prompt", "choices", "max_length", "rescale_lr"]
+    for name in dict.fromkeys([*first, "encoder", "data", *groups]):
         now = settings.get(name)
         then = before.get(name, now)
         if name == "device":  # any GPU is as good

@@ -94,7 +94,7 @@ class Settings:
     method: str = run("adalora", IDENTITY, None, "full: no adapters", choices=METHODS)
     optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
     model: str | None = run(None, NOTHING, None, "a Hub name or a local checkpoint folder (the papers')")
-    data_dir: Path | None = run(None, NOTHING, Path, "a folder in GLUE's own layout (the Hub's copy)")
+    data_dir: Path | None = run(None, NOTHING, Path, "folder with the data sets' own files (the Hub's copy)")
     holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to evaluate on, not on validation")
     holdout_seed: int = run(0, SHAPE, any_seed, "of that split")
     demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
@@ -143,7 +143,7 @@ class Settings:
     name: str | None = own(None, NOTHING, None, "of the task and output folder (the training file's)")
     device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     bf16: bool = machine(False, NUMERICS, None, "the frozen backbone's products in bfloat16")
-    base_dtype: str = machine("float32", NUMERICS, None, BASE_HELP, choices=BASE_DTYPES)
+    base_dtype: str = machine("float32", IDENTITY, None, BASE_HELP, choices=BASE_DTYPES)
     checkpointing: bool = machine(False, NUMERICS, None, "recompute activations: less memory, more time")
     compile: bool = machine(False, NUMERICS, None, "train with torch.compile")
     plain: bool = machine(False, NUMERICS, None, "adapters and penalty without fused.py")
@@ -184,8 +184,8 @@ class Settings:
         s = self
         if s.demo:
             if s.task not in (None, *DEMOS) or s.model or s.data_dir:
-                has = f"--demo has the tasks {' and '.join(DEMOS)}, and models and data of its own"
-                raise UsageError(f"{has}: leave out --task, --model and --data_dir, or --demo")
+                has = f"--demo takes --task {' or '.join(DEMOS)}, and has models and data of its own"
+                raise UsageError(f"{has}: leave out --model and --data_dir, or --demo")
             s = replace(s, task=s.task or "cola", data_dir=glue.DEMO_FOLDER)
         s = s._with_own_data() if s.train_file else s
         for f in fields(s):
@@ -233,7 +233,7 @@ class Settings:
         name = s.train_file.stem if s.name is None else s.name
         taken = {"demo", *TASKS, *(task.folder.lower() for task in TASKS.values())}
         if name.lower() in taken or not re.fullmatch(r"[\w.-]+", name):
-            raise UsageError(f"--name {name}: give letters, digits, '.', '-' or '_', not a GLUE task's name")
+            raise UsageError(f"--name {name}: give letters, digits, '.', '-' or '_', and no task's name")
         if s.columns and not 2 <= len(set(s.columns)) == len(s.columns) <= 3:
             raise UsageError(f"--columns {' '.join(s.columns)}: give one or two of text, then the label")
         for file in filter(None, (s.train_file, s.validation_file, s.test_file)):

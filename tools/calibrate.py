@@ -49,7 +49,7 @@ def fitted(
         tau = min(TAUS, key=lambda tau: nll(at[tau], split.labels))
         draws = partial(predict_from_draws, model, sigma=sigma, samples=samples, temperature=tau, seed=seed)
         yield Predictor("draws at the fitted τ", samples, tau, draws)
-        own = {name: x for name, x in sigma.items() if name.rpartition(".")[0] in layers}
+    if own := {name: x for name, x in sigma.items() if name.rpartition(".")[0] in layers}:
         at = {share: predict_pruned(model, split, own, share) for share in (0.0, *SHARES)}
         share = min(at, key=lambda share: nll(at[share], split.labels))
         yield Predictor("pruned", 0, share, lambda of: predict_pruned(model, of, own, share))

@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
     parser.add_argument("--seed", type=any_seed, help="of the draws (as in the run, like all that follow)")
     parser.add_argument("--model", help="where the base model is now")
-    parser.add_argument("--data_dir", type=Path, help="a folder in GLUE's own layout, or with your own files")
+    parser.add_argument("--data_dir", type=Path, help="a folder with the data sets' own files, or yours")
     parser.add_argument("--test_file", type=Path, help="of your own data, for a run with --train_file")
     parser.add_argument("--eval_batch_size", type=whole(1))
     parser.add_argument("--device", help="cpu, cuda, … (cuda if there is one)")
@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
             return
         for name in splits:
             if lacks_labels(splits[name].labels):
-                raise UsageError(f"--split {name} has no labels; --predict FILE writes its predictions")
+                raise UsageError(f"{name} has no labels; --predict FILE writes its predictions")
         if args.fit:
             seen = thinned(splits[args.fit], FIT_ON)
             ways = itertools.chain(ways, fitted(model, layers, sigma, seen, args.eval_samples or 10, s.seed))

@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         mend = f"python -m tools.export merged {args.run} …"
         raise UsageError(f"{args.run} is fully fine-tuned and has no adapter: {mend}")
     if args.form == "merged" and settings.base_dtype == "int8":
-        raise UsageError(f"{args.run} has a base in 8 bit, which cannot be merged: export peft, with --model")
+        raise UsageError(f"{args.run} has a base in 8 bit, which cannot be merged: export peft instead")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise UsageError(f"{args.folder} exists: give a new folder")
     tokenizer, model, layers, _ = load_model(run, settings)

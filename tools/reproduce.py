@@ -126,8 +126,9 @@ def with_names(settings: dict[str, Any], names: list[list[str]]) -> dict[str, An
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """Different settings have different texts."""
-    return ", ".join(k if v is None else f"{k} {str(v).removesuffix('.0')}" for k, v in settings.items())
+    """Different settings have different texts, which fit into a table's cell."""
+    text = ", ".join(k if v is None else f"{k} {str(v).removesuffix('.0')}" for k, v in settings.items())
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def row_label(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+import transformers
 from conftest import sentences, write_glue
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithPadding, LlamaForCausalLM
 
 import run_glue
 from harness import causal, encoder, glue
-from harness.batches import evaluation_split, tokenize
+from harness.batches import encoded, evaluation_split, tokenize
 from harness.choice import TASKS, published
 from harness.prediction import predict
 from harness.settings import Settings, exit_status
@@ -175,10 +178,51 @@ def test_an_option_that_an_example_lacks_has_probability_0(llama: Path):
     assert loss.item() == pytest.approx(-sum(rows).item() / 2, rel=1e-5)
 
 
+SMALL = {"vocab_size": 40, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+GPT2 = {"vocab_size": 40, "n_embd": 16, "n_head": 2, "n_layer": 2}
+FAMILIES = {
+    "gpt2": transformers.GPT2Config(**GPT2, initializer_range=0.3),
+    "bloom": transformers.BloomConfig(
+        vocab_size=40, hidden_size=16, n_head=2, n_layer=2, initializer_range=0.3
+    ),
+    "gpt_neox": transformers.GPTNeoXConfig(**SMALL, intermediate_size=24, initializer_range=0.3),
+    "gemma2": transformers.Gemma2Config(**SMALL, intermediate_size=24, head_dim=8, num_key_value_heads=1),
+    "opt": transformers.OPTConfig(**SMALL, ffn_dim=24, word_embed_proj_dim=16, init_std=0.3),
+    "mamba": transformers.MambaConfig(vocab_size=40, hidden_size=16, state_size=4, num_hidden_layers=2),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing_whatever_the_architecture(family: str):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family]).eval()
+    ids = torch.randint(3, 40, (1, 6))
+    expected = model(input_ids=ids).logits[:, -1, [5, 9]]
+    causal.answer_by_choosing(model, [5, 9])
+    padded, mask = F.pad(ids, (4, 0)), F.pad(torch.ones_like(ids), (4, 0))
+    got = model(input_ids=padded, attention_mask=mask, options=torch.tensor([2])).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+def test_an_encoder_that_can_also_be_a_decoder_counts_as_an_encoder():
+    assert {"LlamaForCausalLM", "GPT2LMHeadModel", "BloomForCausalLM"} <= causal.CLASSES
+    assert not {"BertLMHeadModel", "RobertaForCausalLM", "XLMWithLMHeadModel"} & causal.CLASSES
+
+
+def test_a_special_token_at_the_end_of_a_prompt_is_left_out(llama: Path):
+    tokenizer = AutoTokenizer.from_pretrained(llama)
+    plain = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    both = [("<s>", tokenizer.bos_token_id), ("</s>", tokenizer.eos_token_id)]
+    form = TemplateProcessing(single="<s> $A </s>", special_tokens=both)
+    tokenizer.backend_tokenizer.post_processor = form
+    assert tokenizer("the cat")["input_ids"][-1] == tokenizer.eos_token_id
+    assert encoded(["the cat"], tokenizer) == [[tokenizer.bos_token_id, *plain]]
+
+
 def of_choices(llama: Path, prompt: str, *choices: str) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(llama)
     task = replace(TASKS["boolq"], prompt=prompt, choices=choices)
-    return tokenizer.batch_decode([[token] for token in causal.choice_tokens(tokenizer, task)])
+    return tokenizer.batch_decode([[token] for token in causal.choice_tokens(tokenizer, task, "llama")])
 
 
 def test_a_choice_has_its_space_unless_the_prompt_ends_in_white_space(llama: Path):
@@ -187,9 +231,10 @@ def test_a_choice_has_its_space_unless_the_prompt_ends_in_white_space(llama: Pat
     assert of_choices(llama, "Answer:\n", "A", "B") == ["A", "B"]
 
 
-def test_a_choice_of_several_tokens_is_refused(llama: Path):
-    with pytest.raises(UsageError, match="'perhaps' is not a single token"):
-        of_choices(llama, "Answer:", "A", "perhaps")
+@pytest.mark.parametrize("choices", [("A", "perhaps"), ("A", ""), ("A", "A")])
+def test_a_choice_that_is_not_a_token_of_its_own_is_refused(choices: tuple[str, str], llama: Path):
+    with pytest.raises(UsageError, match=f"{choices[1]!r}, after a prompt that ends in ':', is not a token"):
+        of_choices(llama, "Answer:", *choices)
 
 
 def test_a_tokenizer_without_a_padding_token_gets_one_and_says_so_once(
@@ -329,6 +374,27 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(
     assert resumed["last"] == whole["last"]
 
 
+def test_a_prompt_may_have_one_of_two_texts_and_is_part_of_the_run(
+    llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    rows = [{"q": text, "a": text, "label": i % 2} for i, text in enumerate(sentences(24))]
+    path = write_lines(tmp_path / "pairs.jsonl", rows)
+    flags = f"--train_file {path} --holdout 0.25 --columns q a label --model {llama} --max_steps 2"
+    argv = [*flags.split(), "--method", "lora", "--choices", "A", "B", "--output_dir", str(tmp_path / "run")]
+    run_glue.main([*argv, "--prompt", "{a} Answer:", "--max_length", "12"])
+    for change, named in (("--prompt", "{q} Answer:"), ("--base_dtype", "bfloat16")):
+        line = refused([*argv, "--prompt", "{a} Answer:", change, named, "--resume"], capsys)
+        assert f"{change} is {named}, but was" in line
+
+
+def test_a_fully_fine_tuned_model_has_no_entries_to_prune(llama: Path, tmp_path: Path):
+    data, run = write_boolq(tmp_path / "data"), tmp_path / "run"
+    train(llama, data, run, "--method", "full", "--lr", "1e-6")
+    evaluate.main([str(run), "--fit", "train", "--eval_samples", "2"])
+    rows = json.loads((run / "evaluation.json").read_text())["evaluations"]
+    assert "pruned" not in {row["how"] for row in rows}
+
+
 @pytest.mark.parametrize("task", ["mnli", "sst2"])
 def test_a_glue_task_runs_on_a_causal_language_model(task: str, llama: Path, tmp_path: Path):
     model = llama if task == "mnli" else glue.DEMO_FOLDER / "language_model"
@@ -373,6 +439,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
         ("--base_dtype int4", "invalid choice"),
         ("--method full --base_dtype bfloat16", "is for adapters in a causal language model"),
         ("--prompt x", "--prompt is for data of your own"),
+        ("--target_rank 0", "leaves nothing to train"),
     ],
 )
 def test_bad_flags_are_refused(
@@ -397,19 +464,26 @@ def test_a_model_that_cannot_do_the_task_is_refused(
 ARC, BOOLQ = "ARC-Easy/ARC-Easy-Train.jsonl", "BoolQ/train.jsonl"
 ODD = [
     ("boolq", BOOLQ, {"question": "a", "passage": "b"}, "there is no answer"),
-    ("boolq", BOOLQ, {"question": "a", "answer": True}, "there is no passage"),
+    ("boolq", BOOLQ, {"question": "a", "answer": True}, "'passage' is missing"),
     ("boolq", BOOLQ, {"question": "a", "passage": "b", "answer": "True"}, "'True' is none of False, True"),
     ("boolq", BOOLQ, {"question": 3, "passage": "b", "answer": True}, "question is 3, which is not text"),
     (
         "winogrande_m",
         "winogrande_1.1/train_m.jsonl",
         {"sentence": "a", "option1": "b"},
-        "there is no option2",
+        "'option2' is missing",
     ),
     ("arc_easy", ARC, arc("a", {"A": "x", "B": "y"}, "C"), "the answer 'C' is none of A, B"),
     ("arc_easy", ARC, arc("a", {"A": "x"}, "A"), "there are 2 to 5 choices"),
-    ("arc_easy", ARC, {"question": {"stem": "a"}, "answerKey": "A"}, "there is no choices"),
-    ("openbookqa", "OpenBookQA/train.jsonl", arc("a", {"A": "x", "B": ""}, "A"), "choices, not ['x', '']"),
+    ("arc_easy", ARC, {"question": {"stem": "a", "choices": ["x", "y"]}}, "not a row of this data set"),
+    (
+        "openbookqa",
+        "OpenBookQA/train.jsonl",
+        arc("a", dict(zip("ABCDE", "vwxyz", strict=True)), "A"),
+        "2 to 4",
+    ),
+    ("arc_easy", ARC, {"question": {"stem": "a"}, "answerKey": "A"}, "'choices' is missing"),
+    ("openbookqa", "OpenBookQA/train.jsonl", arc("a", {"A": "x", "B": ""}, "A"), "text, not ['x', '']"),
 ]
 
 
@@ -431,6 +505,7 @@ def test_a_row_that_is_not_as_it_should_be_is_named(
         (["--prompt", "is it"], "the text columns belong in braces"),
         (["--prompt", "is it {text}", "--choices", "A"], "--choices: give 2 words, for the labels 0, 1"),
         (["--prompt", "is it {text}", "--choices", "A", "A"], "--choices: give 2 words"),
+        (["--prompt", "is it {text}", "--choices", "1", "0"], "the labels' order is 0, 1"),
         (["--choices", "A", "B"], "give --prompt, too"),
         ([], "has no prompt: give --prompt"),
     ],
