@@ -28,10 +28,8 @@ def tokenize(
         features = encode_prompts(dataset, task, tokenizer, max_length)
     else:
         texts = (list(dataset[name]) for name in task.text)
-        encoded = tokenizer(*texts, truncation=True, max_length=max_length)
-        features = [
-            dict(zip(encoded, example, strict=True)) for example in zip(*encoded.values(), strict=True)
-        ]
+        found = tokenizer(*texts, truncation=True, max_length=max_length)
+        features = [dict(zip(found, example, strict=True)) for example in zip(*found.values(), strict=True)]
     return features, torch.tensor(dataset["label"], dtype=torch.int64 if task.labels else torch.float32)
 
 
@@ -72,9 +70,9 @@ def cut_prompt(
 
 def encoded(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids without a special token at the end, which some tokenizers add: the answer comes there."""
-    found = tokenizer(prompts)["input_ids"]
+    found, special = tokenizer(prompts)["input_ids"], set(tokenizer.all_special_ids)
     for ids in found:
-        while ids and ids[-1] in tokenizer.all_special_ids:
+        while ids and ids[-1] in special:
             ids.pop()
     return found
 

@@ -104,13 +104,13 @@ def sentence(text: str) -> str:
 
 
 def load(
-    task: str, hub: tuple, files: Mapping[str, str], example: Callable[[Mapping], dict],
+    hub: tuple, files: Mapping[str, str], example: Callable[[Mapping], dict],
     data_dir: str | Path | None = None, splits: Collection[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """As glue.load_task. `files`: by split, where in `data_dir` its JSON lines are."""
-    from datasets import Dataset
-
     whole = load_from_hub(*hub) if data_dir is None else {}
+    from datasets import Dataset  # which takes seconds
+
     loaded = {}
     for split in splits or files:
         path = data_dir and Path(data_dir) / files[split]
@@ -153,7 +153,7 @@ def choice_task(
         split: f"{folder}/{file}.jsonl"
         for split, file in zip(("train", "validation", "test"), files, strict=False)
     }
-    functions = {"load": partial(load, name, hub, paths, example), "metrics": partial(task_metrics, name)}
+    functions = {"load": partial(load, hub, paths, example), "metrics": partial(task_metrics, name)}
     functions |= {"settings": partial(published, name)}
     answers = {"labels": choices, "written": choices, "choices": choices, "prompt": prompt, "cut": cut}
     tests = tuple(split for split in paths if split == "test")

@@ -288,7 +288,7 @@ def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     said = {name: f"--{name}" if group else name for name, group in groups.items()}
     said |= {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
     said |= {"task": "--name"} if own else {}
-    first = ["task", "holdout", "holdout_seed", "base_dtype", "prompt", "choices", "max_length", "rescale_lr"]
+    first = ["task", "holdout", "holdout_seed", "base_dtype", "prompt", "choices", "max_length"]
     for name in dict.fromkeys([*first, "encoder", "data", *groups]):
         now = settings.get(name)
         then = before.get(name, now)
