@@ -101,7 +101,7 @@ def train(settings: Settings) -> None:
 def batches_of(
     data: dict, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> tuple[Batches, dict[str, Split]]:
-    """Sentences as token ids: to train on, and to evaluate on by split."""
+    """Sentences or prompts as token ids: to train on, and to evaluate on by split."""
     task, collate = task_of(settings), DataCollatorWithPadding(tokenizer)
     how = tokenizer, settings.max_length, settings.causal
     tokens = {name: tokenize(data[name], task, *how) for name in data}

@@ -104,6 +104,7 @@ def _check_place(name: str) -> None:
 
 
 def is_causal(model: PreTrainedModel) -> bool:
+    """Whether it answers a prompt by choosing, as causal.py has it."""
     return type(model).__name__ in causal.CLASSES
 
 
