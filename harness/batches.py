@@ -36,8 +36,9 @@ def tokenize(
 def encode_prompts(
     dataset: Any, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict]:
-    """Of each example's prompt input_ids and attention_mask, and its "options". The longest text of `task.cut`
-    loses its end where the prompt is too long, then the next. Raises UsageError where that is not enough."""
+    """Each example's input_ids, attention_mask and "options". Where the prompt is too long, the longest of its
+    texts in `task.cut` loses its end, then the next.
+    """
     columns = {name: list(dataset[name]) for name in dict.fromkeys(FIELD.findall(task.prompt))}
     examples = [dict(zip(columns, texts, strict=True)) for texts in zip(*columns.values(), strict=True)]
     prompts = encoded([fill_in(task.prompt, example) for example in examples], tokenizer)
