@@ -36,8 +36,9 @@ def tokenize(
 def encode_prompts(
     dataset: Any, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> list[dict]:
-    """Each example's input_ids, attention_mask and "options". Where the prompt is too long, the longest of its
-    texts in `task.cut` loses its end, then the next.
+    """Each example's input_ids, attention_mask and "options".
+
+    Where the prompt is too long, the longest of its texts in `task.cut` loses its end, then the next.
     """
     columns = {name: list(dataset[name]) for name in dict.fromkeys(FIELD.findall(task.prompt))}
     examples = [dict(zip(columns, texts, strict=True)) for texts in zip(*columns.values(), strict=True)]
