@@ -100,7 +100,7 @@ class Batches:
     """The training examples of each update, shuffled anew in every epoch from the seed."""
 
     def __init__(self, features: list[dict], labels: Tensor, collate: Callable, settings: Settings):
-        self.features, self.labels, self.collate = features, labels.to(settings.device), collate
+        self.features, self.labels, self.collate, self.device = features, labels, collate, settings.device
         self.lengths = torch.tensor([len(example["input_ids"]) for example in features])
         self.micro, self.by_length, self.seed = settings.batch_size, settings.group_by_length, settings.seed
         # Examples in an update; beyond the data's own number a large one would overflow.
@@ -112,7 +112,7 @@ class Batches:
         """The micro-batches of update t, counted from 1: inputs, labels, share of the update's examples.
 
         Of several processes each gets its own; the shares of all its micro-batches are then relative to the
-        average of the processes' gradients.
+        average of the processes' gradients. Copying a batch does not wait for the device to finish its queue.
         """
         epoch, i = divmod(t - 1, self.per_epoch)
         batch = self._epoch(epoch)[i]
@@ -121,7 +121,8 @@ class Batches:
         for micro in own.split(self.micro) if len(own) else ():
             inputs = self.collate([self.features[i] for i in micro])
             share = len(micro) * processes.count() / len(batch)
-            yield inputs.to(self.labels.device), self.labels[micro], share
+            labels = self.labels[micro].to(self.device, non_blocking=True)
+            yield inputs.to(self.device, non_blocking=True), labels, share
 
     def longest(self) -> Mapping[str, Tensor]:
         """The inputs of the micro-batch that takes most memory."""
