@@ -66,6 +66,4 @@ def keep_top(scores: Tensor, k: int) -> Tensor:
     if not 0 <= k <= scores.numel():
         raise ValueError(f"cannot keep {k} of {scores.numel()} triplets")
     order = torch.sort(scores, descending=True, stable=True).indices
-    mask = torch.zeros_like(scores, dtype=torch.bool)
-    mask[order[:k]] = True
-    return mask
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, order[:k], True)

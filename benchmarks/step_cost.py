@@ -90,7 +90,8 @@ def backbone(layers: int, device: str, vocabulary: int = 200, classes: int = 2) 
         norm_rel_ebd="layer_norm", share_att_key=True, pos_att_type=["p2c", "c2p"],
         position_biased_input=False, type_vocab_size=0, num_labels=classes,
     )  # fmt: skip
-    model = transformers.DebertaV2ForSequenceClassification(config).to(device)
+    with torch.device(device):
+        model = transformers.DebertaV2ForSequenceClassification(config)
     model.requires_grad_(False)
     unfreeze_head(model)
     return model.train()
@@ -103,7 +104,8 @@ def llama(layers: int, width: int, device: str) -> nn.Module:
         vocab_size=200, hidden_size=width, intermediate_size=width * 11008 // 4096, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096, use_cache=False,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).to(device).requires_grad_(False).train()
+    with torch.device(device):
+        return transformers.LlamaForCausalLM(config).requires_grad_(False).train()
 
 
 def unfreeze_head(model: nn.Module) -> None:
@@ -390,6 +392,8 @@ def peak_memory(step: Callable, device: str, before: int) -> dict[str, float]:
 def measure(args: argparse.Namespace, which: str) -> dict[str, dict[str, float]]:
     """Rows of one implementation: "ours", "peft", "ivon-ours" or "ivon-public"."""
     torch.set_num_threads(args.threads)
+    if args.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # as run_glue.py has it there
     if which.startswith("ivon"):
         step = optimizer_step(args, which.removeprefix("ivon-"))
         name = "IVON" if which == "ivon-ours" else "ivon-opt"
