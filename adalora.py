@@ -215,13 +215,16 @@ def take_out(
     check_state_can_be_cut(layers, optimizer)
     for name, layer in layers.items():
         index = kept[name].nonzero().squeeze(1)
-        for p, dim in ((layer.P, 1), (layer.lam, 0), (layer.Q, 0)):
+        for part, dim in (("P", 1), ("lam", 0), ("Q", 0)):
+            p = getattr(layer, part)
             state, grad = optimizer.state.get(p, {}), p.grad
             for key, value in state.items():
                 if torch.is_tensor(value) and value.shape == p.shape:
                     state[key] = value.index_select(dim, index)
             replace_data_(p, p.data.index_select(dim, index))
             p.grad = None if grad is None else grad.index_select(dim, index)
+            delattr(layer, part)  # torch.compile sees new shapes only where a module has changed
+            setattr(layer, part, p)
 
 
 def check_state_can_be_cut(layers: Mapping[str, SVDLinear], optimizer: torch.optim.Optimizer) -> None:

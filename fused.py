@@ -52,6 +52,7 @@ def forward(layer: SVDLinear | LoRALinear, x: Tensor) -> Tensor:
         or not base.weight.dtype == x.dtype == A.dtype
         or (dropout.training and dropout.p)
         or torch.is_autocast_enabled(x.device.type)
+        or torch.compiler.is_compiling()  # which fuses, and in torch 2.11 loses AddLowRank's gradients
     ):
         return add_low_rank(layer, x, factor.B, A)
     y = AddLowRank.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, factor.B, A, factor.Bt)
@@ -81,7 +82,7 @@ class AddLowRank(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if torch.is_grad_enabled():
             raise RuntimeError("fused adapters have no second derivatives: use --plain, or do not call fuse")
         x, W, A, Bt, u = ctx.saved_tensors
         grad_u = Bt @ grad_y.T

@@ -521,12 +521,21 @@ def test_an_update_takes_fewer_operations_than_with_the_plain_form(kind: str):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly(kind: str):
+def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly_also_after_a_cut(kind: str):
     model, layers = perceptron(4, 6, 6, 3, kind=kind)
     x = torch.randn(5, 4).double()
-    expected = [model(x).detach(), *gradients(model, layers, x)]
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
-    got = [compiled(x).detach(), *gradients(compiled, layers, x)]
-    for ours, eager in zip(got, expected, strict=True):
-        torch.testing.assert_close(ours, eager, rtol=1e-10, atol=1e-10)
+
+    def check() -> None:
+        expected = [model(x).detach(), *gradients(model, layers, x)]
+        got = [compiled(x).detach(), *gradients(compiled, layers, x)]
+        for ours, eager in zip(got, expected, strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-10, atol=1e-10)
+
+    check()
+    if kind == "svd":
+        masks = [[True, False], [False, True], [True, True]]
+        kept = {name: torch.tensor(mask) for name, mask in zip(layers, masks, strict=True)}
+        adalora.take_out(layers, kept, torch.optim.SGD(model.parameters()))
+        check()
