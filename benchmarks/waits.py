@@ -37,11 +37,8 @@ def unwatched_after_update(run: Run, *args: object) -> None:
 
 def count(message: Warning, *_: object, **__: object) -> None:
     if "synchronizing" in str(message):
-        callers = traceback.extract_stack()[-2:0:-1]
-        lines = [
-            f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in callers if "warnings" not in f.filename
-        ]
-        waits[" < ".join(lines[:4])] += 1
+        callers = [f for f in traceback.extract_stack()[-2::-1] if Path(f.filename).name != "warnings.py"]
+        waits[" < ".join(f"{Path(f.filename).name}:{f.lineno} {f.name}" for f in callers[:4])] += 1
 
 
 if __name__ == "__main__":
