@@ -112,7 +112,7 @@ class Settings:
     lr: float | None = run(None, IDENTITY, positive, "peak: one warm-up, one linear decay")
     weight_decay: float | None = run(None, IDENTITY, from_0, "of AdamW, or IVON's δ")
     mc_samples: int | None = ivon(None, IDENTITY, few(1), "draws in an update (1)")
-    ess: float | None = ivon(None, IDENTITY, any_ess, "effective sample size (training examples; LoRA 1e10)")
+    ess: float | None = ivon(None, IDENTITY, any_ess, "effective sample size (training examples; LoRA 1e8)")
     hess_init: float | None = ivon(None, IDENTITY, positive, "h0 (1; LoRA 1e-4)")
     beta2: float | None = ivon(None, IDENTITY, Number(0, 1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
     clip_radius: float | None = ivon(None, IDENTITY, positive, "ξ (0.001)")
