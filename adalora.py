@@ -223,7 +223,7 @@ def take_out(
                     state[key] = value.index_select(dim, index)
             replace_data_(p, p.data.index_select(dim, index))
             p.grad = None if grad is None else grad.index_select(dim, index)
-            delattr(layer, part)  # torch.compile sees new shapes only where a module has changed
+            delattr(layer, part)  # torch 2.11's compiler misses new shapes unless the module changes
             setattr(layer, part, p)
 
 

@@ -52,7 +52,7 @@ def forward(layer: SVDLinear | LoRALinear, x: Tensor) -> Tensor:
         or not base.weight.dtype == x.dtype == A.dtype
         or (dropout.training and dropout.p)
         or torch.is_autocast_enabled(x.device.type)
-        or torch.compiler.is_compiling()  # which fuses, and in torch 2.11 loses AddLowRank's gradients
+        or torch.compiler.is_compiling()  # torch 2.11 loses AddLowRank's gradients then
     ):
         return add_low_rank(layer, x, factor.B, A)
     y = AddLowRank.apply(x.reshape(-1, x.shape[-1]), base.weight, base.bias, factor.B, A, factor.Bt)

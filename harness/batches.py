@@ -101,6 +101,8 @@ class Batches:
 
     def __init__(self, features: list[dict], labels: Tensor, collate: Callable, settings: Settings):
         self.features, self.labels, self.collate, self.device = features, labels, collate, settings.device
+        # On a GPU without waiting for its queue. On MPS such a copy may read memory that is free again.
+        self.copying = {"non_blocking": settings.device.startswith("cuda")}
         self.lengths = torch.tensor([len(example["input_ids"]) for example in features])
         self.micro, self.by_length, self.seed = settings.batch_size, settings.group_by_length, settings.seed
         # Examples in an update; beyond the data's own number a large one would overflow.
@@ -112,7 +114,7 @@ class Batches:
         """The micro-batches of update t, counted from 1: inputs, labels, share of the update's examples.
 
         Of several processes each gets its own; the shares of all its micro-batches are then relative to the
-        average of the processes' gradients. Copying a batch does not wait for the device to finish its queue.
+        average of the processes' gradients.
         """
         epoch, i = divmod(t - 1, self.per_epoch)
         batch = self._epoch(epoch)[i]
@@ -121,8 +123,8 @@ class Batches:
         for micro in own.split(self.micro) if len(own) else ():
             inputs = self.collate([self.features[i] for i in micro])
             share = len(micro) * processes.count() / len(batch)
-            labels = self.labels[micro].to(self.device, non_blocking=True)
-            yield inputs.to(self.device, non_blocking=True), labels, share
+            labels = self.labels[micro]
+            yield inputs.to(self.device, **self.copying), labels.to(self.device, **self.copying), share
 
     def longest(self) -> Mapping[str, Tensor]:
         """The inputs of the micro-batch that takes most memory."""

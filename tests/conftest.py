@@ -4,6 +4,8 @@ import json
 import os
 from pathlib import Path
 
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests' numbers are a CPU's
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -27,7 +29,6 @@ settings.register_profile("more", max_examples=2000)  # others: pytest --hypothe
 settings.load_profile("same")
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the programs that tests start
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what they hold is what a CPU computes
 
 WORDS = (
     "the a cat dog man sees likes gives run runs sleep sleeps old small that who not often him her".split()

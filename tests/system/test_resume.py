@@ -325,16 +325,6 @@ def test_the_random_generator_continues_where_it_was():
     assert drawn == torch.rand(1)
 
 
-@pytest.mark.parametrize(
-    "device", [pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
-)
-def test_a_devices_generator_continues_where_it_was(device: str):
-    first = random_states(torch.device(device))
-    drawn = torch.rand(1, device=device)
-    set_random_states(first, torch.device(device))
-    assert drawn == torch.rand(1, device=device)
-
-
 # --- killed -------------------------------------------------------------------------------------------------
 
 

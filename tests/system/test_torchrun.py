@@ -375,7 +375,6 @@ def test_a_finished_run_is_left_as_it_is(whole: tuple, data: list[object]):
 # --- devices ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_gpus_that_are_not_there_are_named(process_1_of_2, tmp_path: Path, capsys):
     argv = ["--task", "cola", "--device", "cuda", "--output_dir", str(tmp_path / "run")]
     assert exit_status(lambda: run_glue.main(argv), "run_glue.py") == 2
