@@ -26,7 +26,8 @@ def read_measures(folders: list[Path], split: str) -> pd.DataFrame:
     for run in find_runs(folders):
         task = run.task
         row = re.sub(rf"^{task.name}-|-s{run.config['seed']}$", "", run.folder.name)
-        if (run.folder / "evaluation.json").exists():
+        trial = run.folder.parent.name == "search"  # of settings, beside the rows
+        if not trial and (run.folder / "evaluation.json").exists():
             lines = read_evaluations(run, split)
             lines["score"] = lines[task.metric]
             found.append(lines.assign(row=row, task=task.name, seed=run.config["seed"]))
