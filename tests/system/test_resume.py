@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -323,6 +324,17 @@ def test_the_random_generator_continues_where_it_was():
     drawn = torch.rand(1)
     set_random_states(first, torch.device("cpu"))
     assert drawn == torch.rand(1)
+
+
+def test_a_devices_generator_continues_where_it_was(monkeypatch: pytest.MonkeyPatch):
+    """With a stand-in for the device's module: a generator beside the CPU's own."""
+    generator = torch.Generator()
+    module = SimpleNamespace(get_rng_state=generator.get_state, set_rng_state=generator.set_state)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    first = random_states(torch.device("cuda"))
+    drawn = torch.rand(1, generator=generator), torch.rand(1)
+    set_random_states(first, torch.device("cuda"))
+    assert drawn == (torch.rand(1, generator=generator), torch.rand(1))
 
 
 # --- killed -------------------------------------------------------------------------------------------------
