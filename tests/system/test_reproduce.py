@@ -1025,6 +1025,9 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
             folder = tmp_path / f"cola/{row}-s{seed}"
             write_run(folder, ["--task", "cola", *SMALL, "--seed", str(seed)], 0.5)
             evaluate(folder, {(0, 0.0): nll + shift * (2 if row == "lora" else 1)})
+    trial = tmp_path / "cola/search/lora-0"  # judged on something else, and no row
+    write_run(trial, ["--task", "cola", *SMALL], 0.5)
+    (trial / "evaluation.json").write_text('{"evaluations": [{"split": "holdout"}]}')
     out, _ = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora")
     (line,) = [line for line in out.splitlines() if "| nll |" in line]
     d = np.array([-0.1, -0.13, -0.11])
