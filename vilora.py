@@ -102,7 +102,7 @@ class RankAllocator:
     def scores(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Every triplet's score now, (n,) by name of the score; triplets in the order of the adapters.
 
-        KeyError for `sensitivity` before the first `step`.
+        KeyError for `sensitivity` before the first `step`, and after the last allocation.
         """
         found = {}
         for name in names:

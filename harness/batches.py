@@ -73,10 +73,10 @@ def cut_prompt(
 
 
 def encoded(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids without a special token at the end, which some tokenizers add: the answer comes there."""
-    found, special = tokenizer(prompts)["input_ids"], set(tokenizer.all_special_ids)
+    """Token ids without the end token that some tokenizers add: the answer comes there."""
+    found, ends = tokenizer(prompts)["input_ids"], (tokenizer.eos_token_id, tokenizer.sep_token_id)
     for ids in found:
-        while ids and ids[-1] in special:
+        while ids and ids[-1] in ends:
             ids.pop()
     return found
 

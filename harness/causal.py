@@ -65,7 +65,7 @@ def answer_by_choosing(model: PreTrainedModel, tokens: list[int]) -> None:
     It takes input_ids and attention_mask (n, length), padded on the left, and options (n,): how many choices
     each example has. The logits of the others are −∞. Only the last position's are computed. Source: [V].
     """
-    model.register_buffer("choice_tokens", torch.tensor(tokens), persistent=False)
+    model.register_buffer("choice_tokens", torch.tensor(tokens, device=model.device), persistent=False)
     forward, counts = model.forward, "position_ids" in inspect.signature(model.forward).parameters
 
     def choose(input_ids: Tensor, attention_mask: Tensor, options: Tensor) -> SequenceClassifierOutput:

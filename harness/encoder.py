@@ -141,15 +141,19 @@ def adapt(
     for name, p in model.named_parameters():
         if is_head(name) and not settings.causal:
             p.requires_grad_(True)
-    if not any(p.requires_grad and p.numel() for p in model.parameters()):
-        raise UsageError("--target_rank 0 leaves nothing to train: a causal language model has no head")
+    if settings.causal and layers and round(settings.target_rank * len(layers)) == 0:
+        few = f"--target_rank {settings.target_rank:g} with {len(layers)} adapters"
+        raise UsageError(f"{few} leaves nothing to train: a causal language model has no head")
     limits = getattr(config, "max_position_embeddings", None), tokenizer.model_max_length
     longest = min((n for n in limits if isinstance(n, int)), default=math.inf)
     if settings.max_length > longest:
         raise UsageError(f"--max_length {settings.max_length} is above the model's {longest} tokens")
-    if settings.bf16:  # the backbone's products; adapters and losses stay in float32
+    if settings.bf16:  # the backbone's products; adapters, head and losses stay in float32
         device = torch.device(settings.device).type
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+        for name, module in model.named_modules():
+            if name.split(".")[-1] in HEADS:
+                module.forward = torch.autocast(device, enabled=False)(module.forward)
     if settings.base_dtype != "int8":  # which is there already
         model.to(settings.device)
     return layers

@@ -159,9 +159,9 @@ PROMPTS = {
     "mrpc": (ASK + "do both mean the same First: {sentence1} Second: {sentence2}", NO_YES),
     "qqp": (ASK + "do both ask the same First: {question1} Second: {question2}", NO_YES),
     "mnli": (
-        "Answer the question with only True, Neither or False: does it follow that {hypothesis} "
+        "Answer the question with only True, Maybe or False: does it follow that {hypothesis} "
         "Context: {premise}",
-        ("True", "Neither", "False"),
+        ("True", "Maybe", "False"),
     ),
     "qnli": (ASK + "does the context answer {question} Context: {sentence}", YES_NO),
     "rte": (ASK + "does it follow that {sentence2} Context: {sentence1}", YES_NO),

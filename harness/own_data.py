@@ -174,7 +174,7 @@ def check_columns(path: Path, there: Collection[str], columns: list[str]) -> Non
     if missing := [name for name in columns if name not in there]:
         names = ", ".join(map(repr, there))[:200]
         mend = "--columns names text and label"
-        if len(there) == 1 and path.suffix in DIALECTS:
+        if len(there) == 1 and path.suffix.lower() in DIALECTS:
             mend = "is it separated by commas (.csv) or tabs (.tsv)?"
         raise UsageError(f"{path} has no column {missing[0]!r} but {names}; {mend}")
 

@@ -296,9 +296,8 @@ class Settings:
             if self.lr is not None:
                 values |= {"first_lr": 0.0, "first_steps": 0}
             elif values["lr"] is None:
-                unit = values["hess_init"] if values["rescale_lr"] else 1
-                lr = values["largest_step"] / (unit * values["clip_radius"])
-                values["lr"] = float(f"{lr:.6g}")
+                unit = values["hess_init"] + values["weight_decay"] if values["rescale_lr"] else 1
+                values["lr"] = float(f"{values['largest_step'] / (unit * values['clip_radius']):.3g}")
         values.setdefault("mc_samples", 1)
         values.setdefault("targets", default_targets)
         if self.method != "adalora":

@@ -134,7 +134,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal language model as the Hub stores one: bfloat16 in two shards, no padding token."""
     folder = tmp_path_factory.mktemp("llama-tiny")
-    words = ["True False Neither A B C D E Answer : the question with only Context Choices", *sentences(200)]
+    words = ["True False Maybe A B C D E Answer : the question with only Context Choices", *sentences(200)]
     pieces = ByteLevelBPETokenizer()
     pieces.train_from_iterator([f" {w}" for text in words for w in text.split()] * 5, 500, min_frequency=1)
     pieces.add_special_tokens(["<s>", "</s>"])

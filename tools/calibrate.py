@@ -7,11 +7,11 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
@@ -88,13 +88,16 @@ def dropout_average(model: nn.Module, split: Split, passes: int, seed: int) -> T
 @torch.no_grad()
 def training_free(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Write each adapter's product as U·diag(d)·A' by an SVD of its left factor, ΔW being the same; return
-    1/d_i for the entries of row i of A', by parameter name. σ_q times that is σ; all else has none.
+    1/d_i for the entries of row i of A', by parameter name (0 where d_i is). σ_q times that is σ; all else
+    has none.
     """
     sigma = {}
     for name, layer in layers.items():
         svd = isinstance(layer, SVDLinear)
         left = layer.scaling * (layer.P * layer.lam if svd else layer.B)
-        U, d, V = torch.linalg.svd(left, full_matrices=False)
+        d_out, r = left.shape
+        U, d, V = torch.linalg.svd(F.pad(left, (0, 0, 0, max(0, r - d_out))), full_matrices=False)
+        U, live = U[:d_out], d > d[:1] * torch.finfo(d.dtype).eps * max(d_out, r)  # d is in descending order
         if svd:
             layer.P.copy_(U)
             layer.lam.copy_(d / layer.scaling)
@@ -103,8 +106,7 @@ def training_free(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
             layer.B.copy_(U * d / layer.scaling)
             right, part = layer.A, "A"
         right.copy_(V @ right)
-        d = d.clamp_min(torch.finfo(d.dtype).tiny)
-        sigma[f"{name}.{part}"] = d.reciprocal().unsqueeze(1).expand_as(right)
+        sigma[f"{name}.{part}"] = torch.where(live, 1 / d, 0).unsqueeze(1).expand_as(right)
     return sigma
 
 
@@ -122,13 +124,7 @@ def fit_training_free(
 
 
 def predict_pruned(model: nn.Module, split: Split, sigma: Mapping[str, Tensor], share: float) -> Tensor:
-    with pruned(model, sigma, share):
-        return predict(model, split)
-
-
-@contextmanager
-def pruned(model: nn.Module, sigma: Mapping[str, Tensor], share: float) -> Iterator[None]:
-    """Inside the block the share of the entries that have a σ with the smallest |μ|/σ is 0."""
+    """`predict` with 0 for the share of the entries that have a σ with the smallest |μ|/σ."""
     parameters = {name: p.data for name, p in model.named_parameters() if name in sigma}
     before = {name: p.clone() for name, p in parameters.items()}
     ratios = torch.cat([(p.abs() / sigma[name]).flatten() for name, p in parameters.items()])
@@ -139,15 +135,7 @@ def pruned(model: nn.Module, sigma: Mapping[str, Tensor], share: float) -> Itera
         masks = keep.split([p.numel() for p in before.values()])
         for p, mask in zip(parameters.values(), masks, strict=True):
             p.mul_(mask.view(p.shape))
-        yield
+        return predict(model, split)
     finally:
         for name, p in parameters.items():
             p.copy_(before[name])
-
-
-def thinned(split: Split, n: int) -> Split:
-    """About n examples of a split, of all lengths: every k-th batch of it."""
-    k = max(1, round(len(split.labels) / n))
-    where = split.position.argsort().split([len(next(iter(batch.values()))) for batch in split.batches])
-    kept = torch.cat(where[::k])
-    return Split(split.batches[::k], torch.arange(len(kept)), split.labels[kept])

@@ -14,23 +14,28 @@ import pandas as pd
 from scipy import stats
 
 from harness.task import UsageError
-from tools.finished import find_runs, read_evaluations
+from tools.finished import find_runs, read_evaluations, skip
 
 MEASURES = {"score": 100, "nll": 1, "ece": 100, "brier": 1}  # with what they are multiplied by
 LOWER_IS_BETTER = ("nll", "ece", "brier")
 
 
 def read_measures(folders: list[Path], split: str) -> pd.DataFrame:
-    """A line a run and way to predict: row, how, task, seed, and MEASURES (NaN where a task has none)."""
+    """A line a run and way to predict: row, with its folder, how, task, seed, and MEASURES (NaN where a task
+    has none). Evaluated runs that cannot be read are named on stderr and left out."""
     found = []
-    for run in find_runs(folders):
-        task = run.task
-        row = re.sub(rf"^{task.name}-|-s{run.config['seed']}$", "", run.folder.name)
-        trial = run.folder.parent.name == "search"  # of settings, beside the rows
-        if not trial and (run.folder / "evaluation.json").exists():
-            lines = read_evaluations(run, split)
-            lines["score"] = lines[task.metric]
-            found.append(lines.assign(row=row, task=task.name, seed=run.config["seed"]))
+    for folder in folders:
+        for run in find_runs([folder]):
+            if not (run.folder / "evaluation.json").exists():
+                continue
+            try:
+                lines = read_evaluations(run, split)
+            except UsageError as error:
+                skip(run.folder, error)
+                continue
+            task, seed = run.task, run.config["seed"]
+            row = str(folder / re.sub(rf"^{task.name}-|-s{seed}$", "", run.folder.name))
+            found.append(lines.assign(row=row, task=task.name, seed=seed, score=lines[task.metric]))
     if not found:
         raise UsageError(f"no run there has an evaluation of {split}: run tools.evaluate")
     return pd.concat(found, ignore_index=True).reindex(columns=["row", "how", "task", "seed", *MEASURES])
@@ -41,10 +46,16 @@ def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[st
     both have on every task."""
 
     def of(row: str) -> pd.DataFrame:
-        name, _, how = row.partition(":")
-        own = measures[(measures["row"] == name) & (measures["how"] == (how or "mean"))]
+        name, _, how = Path(row).name.partition(":")
+        own = measures[measures["row"] == str(Path(row).parent / name)]
         if own.empty:
-            raise UsageError(f"there is no row {row}; there are {', '.join(sorted(set(measures['row'])))}")
+            there = sorted({Path(other).name for other in measures["row"]})
+            raise UsageError(f"there is no row {name}; there are {', '.join(there)}")
+        there, own = set(own["how"]), own[own["how"] == (how or "mean")]
+        if own.empty:
+            raise UsageError(f"{name} was not evaluated by {how!r}, but by {', '.join(sorted(there))}")
+        if own.duplicated(["seed", "task"]).any():
+            raise UsageError(f"{row}: two of its runs have the same task and seed")
         return own.pivot(index="seed", columns="task", values=measure).dropna(axis=1, how="all")
 
     both = (MEASURES[measure] * (of(a) - of(b))).dropna(axis=1, how="all")
@@ -63,15 +74,18 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 
 def compared(measures: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
-    """The first row against each of the others: mean difference, 95% t-interval, n, p, Holm's p, the word."""
+    """The first row against each of the others: mean difference, 95% t-interval, n, p, Holm's p, the word.
+
+    Where all differences are the same there is nothing to estimate an error from: p is 1.
+    """
     first, lines = rows[0], []
     for other in rows[1:]:
         for measure in MEASURES:
             for task, d in differences(measures, first, other, measure).items():
                 if len(d) > 1:
-                    test = stats.ttest_1samp(d, 0) if d.std() else None
+                    test = stats.ttest_1samp(d, 0) if d.std() > 1e-9 else None
                     low, high = test.confidence_interval(0.95) if test else (d.mean(), d.mean())
-                    p = test.pvalue if test else float(d.mean() == 0)
+                    p = test.pvalue if test else 1.0
                     lines.append([first, other, measure, task, d.mean(), low, high, len(d), p])
     names = ["row", "against", "measure", "task", "difference", "low", "high", "n", "p"]
     table = pd.DataFrame(lines, columns=names)
@@ -88,8 +102,10 @@ def print_compare(rows: list[str], split: str) -> None:
     """The comparison as Markdown; score and ECE in points."""
     if len(rows) < 2:
         raise UsageError("give two rows or more: the first is compared with the others")
-    folders = list(dict.fromkeys(Path(row).parent for row in rows))
-    table = compared(read_measures(folders, split), [Path(row).name for row in rows])
+    folders, names = list(dict.fromkeys(Path(row).parent for row in rows)), {Path(row).name for row in rows}
+    table = compared(read_measures(folders, split), rows)
+    if len(names) == len(set(rows)):  # no two are alike but for their folders
+        table[["row", "against"]] = table[["row", "against"]].map(lambda row: Path(row).name)
     print("| row | against | measure | task | difference [95%] | n | p | Holm's p | so it is |")
     print("| --- " * 9 + "|")
     for line in table.itertuples():

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from harness import files
-from harness.batches import evaluation_split, tokenize
+from harness.batches import Split, evaluation_split, tokenize
 from harness.prediction import judge, predict, predict_from_draws
 from harness.run_folder import EVALUATION, POSTERIOR
 from harness.settings import Parser, any_seed, check_device, exit_status, few, from_0, task_of, whole
 from harness.task import Task, UsageError
-from tools.calibrate import FITTED, Predictor, fitted, thinned
+from tools.calibrate import FITTED, Predictor, fitted
 from tools.finished import evaluation_settings, load_model, read_run
 
-FIT_ON = 400  # examples, about
+FIT_ON = 400  # examples, about: every k-th
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -41,7 +41,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--eval_samples", type=few(0), default=0, help="draws to average over (0: none)")
     parser.add_argument("--temperature", type=from_0, nargs="+", help="τ: draw with variance τσ² (1)")
     parser.add_argument("--split", help="of the data (the task's validation; for --predict its test)")
-    parser.add_argument("--fit", metavar="SPLIT", help="also what is fitted on this split, and costs nothing")
+    parser.add_argument("--fit", metavar="SPLIT", help="also what is fitted on (400 of) this split")
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
     parser.add_argument("--seed", type=any_seed, help="of the draws (as in the run, like all that follow)")
     parser.add_argument("--model", help="where the base model is now")
@@ -67,18 +67,17 @@ def check(args: Namespace, task: Task) -> list[str]:
     for path in [args.predict] if args.predict else [args.run / name for name in EVALUATION]:
         files.check_writable(path, path)
     tests = [split for split in task.splits if split.startswith("test")]
-    names = (
-        [args.split]
-        if args.split is not None
-        else tests[:1]
-        if args.predict or args.test_file
-        else list(task.validation)
-    )
+    own = tests[:1] if args.predict or args.test_file else list(task.validation)
+    names = own if args.split is None else [args.split]
     if not names:
         raise UsageError(f"{task.name} has no test split: give --test_file, or --split")
     for flag, name in {"--split": names[0], "--fit": args.fit}.items():
         if name not in (None, *task.splits):
             raise UsageError(f"{flag} {name}: {task.name} has {', '.join(task.splits)}")
+    if args.fit in names:
+        raise UsageError(
+            f"--fit {args.fit}: what is judged on it would be fitted on it; give another --split"
+        )
     return names
 
 
@@ -105,12 +104,15 @@ def main(argv: list[str] | None = None) -> None:
     data = task.load(s.data_dir, [*names, *([args.fit] if args.fit else ())])
     tokenizer, model, layers, sigma = load_model(run, s)
     collate = DataCollatorWithPadding(tokenizer)
-    splits = {
-        name: evaluation_split(
-            *tokenize(data[name], task, tokenizer, s.max_length, s.causal), collate, s.eval_batch_size
-        )
-        for name in data
-    }
+
+    def as_split(name: str, k: int = 1) -> Split:
+        """Every k-th example."""
+        features, labels = tokenize(data[name], task, tokenizer, s.max_length, s.causal)
+        return evaluation_split(features[::k], labels[::k], collate, s.eval_batch_size)
+
+    splits = {name: as_split(name) for name in names}
+    if args.fit:
+        seen = as_split(args.fit, max(1, round(len(data[args.fit]) / FIT_ON)))
     ways: Iterable[Predictor] = predictors(args, model, sigma, s.seed)
     try:
         if args.predict:
@@ -118,11 +120,10 @@ def main(argv: list[str] | None = None) -> None:
             write_submission(args.predict.resolve(), data[names[0]]["idx"], predictions, task)
             print(f"predictions of {len(predictions)} examples in {args.predict}")
             return
-        for name in splits:
-            if lacks_labels(splits[name].labels):
+        for name, split in {**splits, **({args.fit: seen} if args.fit else {})}.items():
+            if lacks_labels(split.labels):
                 raise UsageError(f"{name} has no labels; --predict FILE writes its predictions")
         if args.fit:
-            seen = thinned(splits[args.fit], FIT_ON)
             ways = itertools.chain(ways, fitted(model, layers, sigma, seen, args.eval_samples or 10, s.seed))
         rows, saved = [], {f"{name}.labels": splits[name].labels for name in names}
         where = {"model": s.model, "data_dir": s.data_dir and str(s.data_dir), "seed": s.seed}

@@ -120,7 +120,6 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
 
     Raises UsageError.
     """
-    where = {"model": run.config["model"], "data_dir": run.config["data_dir"]}
     # With --holdout the task's own validation is among its tests, and is what a study is judged by.
     splits = [name for name in (*run.task.tests, *run.task.validation) if not name.startswith("test")]
     content = read_json(run.folder / "evaluation.json")
@@ -128,10 +127,10 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
         rows = pd.DataFrame(content["evaluations"])
         first = next((name for name in splits if name in set(rows["split"])), None)
         rows = rows[rows["split"] == (split or first)].copy()
-        others = [row for row in rows.to_dict("records") if any(row[key] != where[key] for key in where)]
+        others = [where for where in rows["data_dir"] if where != run.config["data_dir"]]
         if "how" not in rows:  # an earlier form
             rows["how"] = [f"tau={row.temperature:g}" if row.samples else "mean" for row in rows.itertuples()]
-        numbers = rows.drop(columns=["split", "how", *where]).astype(float)
+        numbers = rows.drop(columns=["split", "how", "model", "data_dir"]).astype(float)
         numbers["samples"] = numbers["samples"].astype(int)
         wrong = rows.empty or numbers.isna().any(axis=None) or run.task.metric not in numbers
     except DAMAGED:
@@ -139,7 +138,7 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
     if wrong:
         raise UsageError(f"evaluation.json has nothing of {split or 'validation'}, or is damaged")
     if others:
-        raise UsageError("evaluated with another model or other data than it was trained with")
+        raise UsageError(f"evaluated on other data than it was trained with ({others[0]})")
     return numbers.assign(split=rows["split"], how=rows["how"].astype(str))
 
 

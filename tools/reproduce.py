@@ -239,7 +239,8 @@ def markdown(runs: pd.DataFrame) -> str:
 def length_text(run: pd.Series) -> str:
     like = " of like length" * bool(run["group_by_length"])
     updates = f"{run['total_steps']} updates of {math.prod(run[BATCH])} examples{like}"
-    return f"{updates}, at most {run['max_length']} tokens, evaluated every {run['eval_every']}"
+    judged = f" on {run['holdout']:g} of train" * bool(run["holdout"])
+    return f"{updates}, at most {run['max_length']} tokens, evaluated every {run['eval_every']}{judged}"
 
 
 def print_table(args: Namespace) -> None:
@@ -420,6 +421,8 @@ def print_temperature(args: Namespace) -> None:
     if args.o:
         draws = {name: frame[frame["key"].str.startswith("tau=")] for name, frame in found.items()}
         drawn = {name: frame for name, frame in draws.items() if len(frame)}
+        if not drawn:
+            raise UsageError("there is nothing to draw: tools.evaluate with --eval_samples has draws")
         for name, frame in drawn.items():
             drawn[name] = frame.assign(error=100 * (1 - frame[frame["measure"].iloc[0]]))
         figures.save(figures.temperature(drawn), args.o)

@@ -91,14 +91,40 @@ def test_tfbs_deviation_is_the_largest_whose_nll_is_allowed():
     assert at(q) <= most < at(q + width)
 
 
-def test_the_share_with_the_smallest_signal_to_noise_ratio_is_zero_inside_the_block_alone():
+def test_tfb_gives_a_direction_without_any_weight_no_noise():
+    _, layers, _ = adapted("svd")
+    first = next(iter(layers.values()))
+    first.lam.data[0] = 0
+    before = first.delta().clone()
+    sigma = calibrate.training_free(layers)
+    torch.testing.assert_close(first.delta(), before)
+    unit = sigma[f"{next(iter(layers))}.Q"]
+    assert (unit[-1] == 0).all()  # singular values are in descending order
+    assert (unit[:-1] > 0).all()
+    assert all(torch.isfinite(x).all() for x in sigma.values())
+
+
+@pytest.mark.parametrize("kind", ["svd", "lora"])
+def test_tfb_on_a_map_with_fewer_outputs_than_the_rank(kind: str):
+    model = nn.Sequential(nn.Linear(6, 2))
+    layers = inject(model, ["0"], 4, 4, kind=kind)
+    for p in layers["0"].parameters():
+        p.data.normal_()
+    before = layers["0"].delta().clone()
+    (sigma,) = calibrate.training_free(layers).values()
+    torch.testing.assert_close(layers["0"].delta(), before)
+    assert sigma.gt(0).sum(0).tolist() == [2] * 6
+
+
+def test_the_share_with_the_smallest_signal_to_noise_ratio_is_zero_for_that_prediction_alone(
+    monkeypatch: pytest.MonkeyPatch,
+):
     model = nn.Linear(3, 2)
     model.weight.data = torch.tensor([[1.0, -2.0, 3.0], [4.0, 5.0, -6.0]])
     sigma = {"weight": torch.tensor([[1.0, 1.0, 30.0], [1.0, 50.0, 1.0]])}  # |μ|/σ: 1, 2, 0.1, 4, 0.1, 6
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with calibrate.pruned(model, sigma, 0.5):
-        assert model.weight.tolist() == [[0, -2, 0], [4, 0, -6]]
-        assert torch.equal(model.bias, before["bias"])
+    monkeypatch.setattr(calibrate, "predict", lambda model, _: model.weight.clone())
+    assert calibrate.predict_pruned(model, None, sigma, 0.5).tolist() == [[0, -2, 0], [4, 0, -6]]
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
@@ -125,16 +151,3 @@ def test_every_rival_is_fitted_on_one_split_and_predicts_another():
     assert calibration(found["temperature scaling"].numpy(), split.labels.numpy())["nll"] <= calibrate.nll(
         predict(model, split), split.labels
     )
-
-
-def test_a_share_of_the_batches_keeps_their_examples_and_labels_together():
-    x = torch.arange(12.0)
-    batches = [{"x": x[i : i + 2]} for i in range(0, 12, 2)]
-    position = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    labels = x[position].long()  # example i is at place position[i] of the batches
-    part = calibrate.thinned(Split(batches, position, labels), 4)
-    assert (
-        torch.cat([batch["x"] for batch in part.batches])[part.position].long().tolist()
-        == part.labels.tolist()
-    )
-    assert len(part.labels) == 4

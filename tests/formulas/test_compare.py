@@ -55,6 +55,12 @@ def test_one_p_below_a_twentieth_is_no_claim_among_many():
     assert set(table["word"]) == {"not distinguishable"}
 
 
+def test_differences_that_are_all_the_same_are_no_claim():
+    of = measures({("a", "cola"): [363 / 400, 364 / 400], ("b", "cola"): [362 / 400, 363 / 400]})
+    (line,) = compared(of, ["a", "b"]).itertuples()
+    assert (line.difference, line.p, line.word) == (pytest.approx(0.25), 1, "not distinguishable")
+
+
 def test_over_tasks_the_seeds_count_that_all_tasks_have():
     of = measures({("a", "cola"): A, ("b", "cola"): B, ("a", "rte"): A[:3], ("b", "rte"): B[::-1][:3]})
     found = differences(of, "a", "b", "score")
@@ -71,3 +77,11 @@ def test_seeds_are_paired_by_number_and_not_by_order():
 def test_a_row_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(UsageError, match="no row c; there are a, b"):
         compared(measures({("a", "cola"): A, ("b", "cola"): B}), ["a", "c"])
+    with pytest.raises(UsageError, match="b was not evaluated by 'tau=1', but by mean"):
+        compared(measures({("a", "cola"): A, ("b", "cola"): B}), ["a", "b:tau=1"])
+
+
+def test_two_runs_with_one_seed_are_refused():
+    twice = pd.concat([measures({("a", "cola"): A}), measures({("a", "cola"): B, ("b", "cola"): B})])
+    with pytest.raises(UsageError, match="a: two of its runs have the same task and seed"):
+        compared(twice, ["a", "b"])

@@ -68,3 +68,19 @@ def test_the_diagnostics_say_which_share_of_h_gradient_noise_explains():
         opt.step()
     # s² = 1e-4, H = 32 s²: h* = 32 s² + 10 s², of which the second term is 10/42.
     assert diagnostics(opt)["law"] == pytest.approx(10 / 42, rel=0.05)
+
+
+def test_with_several_draws_of_one_batch_gradient_noise_makes_their_share_of_h():
+    """ĥ is their mean: its variance is a fourth of one draw's, that of ĝ is not."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.zeros(N, dtype=torch.float64))
+    opt = IVON([p], 0.0, 1e5, hess_init=1e-2, beta2=BETA2, weight_decay=0, mc_samples=4)
+    for _ in range(STEPS):
+        batch = 1e-2 * torch.randn(N, dtype=torch.float64)
+        for _ in range(4):
+            with opt.sampled_params(train=True):
+                p.grad = batch.clone()
+        opt.step()
+    h = opt.state[p]["h"].mean().item()
+    assert h == pytest.approx(0.5 * (1 - BETA2) * 1e5 * 1e-4 / 4, rel=0.1)
+    assert diagnostics(opt)["law"] == pytest.approx(1, rel=0.1)

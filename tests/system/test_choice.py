@@ -440,6 +440,8 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
         ("--method full --base_dtype bfloat16", "is for adapters in a causal language model"),
         ("--prompt x", "--prompt is for data of your own"),
         ("--target_rank 0", "leaves nothing to train"),
+        ("--target_rank 0 --init_rank 2", "leaves nothing to train"),
+        ("--target_rank 0.25 --init_rank 2 --targets 0.self_attn.q_proj", "with 1 adapters leaves nothing"),
     ],
 )
 def test_bad_flags_are_refused(

@@ -377,6 +377,25 @@ def test_a_run_with_a_held_out_share_is_judged_on_it_and_later_on_validation_bes
     assert all(saved[f"validation.{way}"].shape == (12, 2) for way in ways)
 
 
+def test_rivals_are_fitted_on_evenly_spread_examples_whatever_the_batches(
+    bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run, seen = train(bert, tmp_path, "--holdout", "0.5"), []
+
+    def look(model, layers, sigma, split, *how):
+        tokens = torch.cat([batch["attention_mask"].sum(1) for batch in split.batches])
+        seen.append((tokens[split.position].tolist(), split.labels.tolist()))
+        return iter(())
+
+    monkeypatch.setattr(evaluate, "fitted", look)
+    for n, size in ((99, "128"), (4, "128"), (4, "2")):
+        monkeypatch.setattr(evaluate, "FIT_ON", n)
+        evaluate.main([str(run), "--split", "validation", "--fit", "holdout", "--eval_batch_size", size])
+    lengths, labels = seen[0]
+    assert len(labels) == 12
+    assert seen[1:] == [(lengths[::3], labels[::3])] * 2
+
+
 def test_a_seed_of_its_own_draws_otherwise(copied: Path):
     run, found = copied / "ivon", []
     for seed in ("2021", "2021", "5"):
@@ -441,6 +460,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 
 REFUSED = {
     "a fit on a split that is not there": (["{ivon}", "--fit", "holdout"], "--fit holdout"),
+    "a fit on what is judged": (["{ivon}", "--fit", "validation"], "another --split"),
     "no run": ([], "run"),
     "a negative temperature": (["{ivon}", "--eval_samples", "3", "--temperature", "-1"], "--temperature"),
     "no temperature": (["{ivon}", "--eval_samples", "3", "--temperature"], "--temperature"),

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -909,6 +910,30 @@ def test_error_and_nll_are_drawn_against_the_temperature(
     assert "10 draws, τ = 0.5" in output(capsys, "temperature", evaluations)[0]
 
 
+def test_without_draws_there_is_no_picture_of_the_temperature(tmp_path: Path, capsys: pytest.CaptureFixture):
+    evaluate(write_run(tmp_path / "run", ["--task", "cola", *SMALL], 0.5), {(0, 0.0): 0.5})
+    _, err = output(capsys, "temperature", tmp_path, "-o", tmp_path / "x.png", status=2)
+    assert "nothing to draw" in err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_an_evaluation_with_the_model_in_another_place_is_read(tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = write_run(tmp_path / "run", ["--task", "cola", *SMALL], 0.5)
+    evaluate(folder, {(0, 0.0): 0.5})
+    path = folder / "evaluation.json"
+    path.write_text(path.read_text().replace('"tiny"', '"elsewhere"'))
+    assert "0.5000" in output(capsys, "calibration", tmp_path)[0]
+    path.write_text(path.read_text().replace('"data_dir": null', '"data_dir": "others"'))
+    assert "other data" in output(capsys, "calibration", tmp_path, status=2)[1]
+
+
+def test_the_table_says_where_runs_are_judged_on_a_share_of_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    write_run(tmp_path / "run", ["--task", "cola", *SMALL, "--holdout", "0.1"], 0.5)
+    assert " on 0.1 of train" in output(capsys, "table", tmp_path)[0]
+
+
 @pytest.mark.parametrize("verb", ["calibration", "temperature"])
 @pytest.mark.parametrize(
     "content",
@@ -936,7 +961,7 @@ def test_runs_without_an_evaluation_are_skipped_by_name(
     assert "error: there is no run for this in" in err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("change", [{"model": "another"}, {"data_dir": "elsewhere"}, {"nll": math.nan}])
+@pytest.mark.parametrize("change", [{"data_dir": "elsewhere"}, {"nll": math.nan}])
 def test_an_evaluation_of_something_else_is_skipped_by_name(
     change: dict, evaluations: Path, capsys: pytest.CaptureFixture
 ):
@@ -1028,13 +1053,19 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
     trial = tmp_path / "cola/search/lora-0"  # judged on something else, and no row
     write_run(trial, ["--task", "cola", *SMALL], 0.5)
     (trial / "evaluation.json").write_text('{"evaluations": [{"split": "holdout"}]}')
-    out, _ = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora")
+    out, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora")
+    assert err.startswith(f"skipped {trial}: evaluation.json has nothing of validation")
     (line,) = [line for line in out.splitlines() if "| nll |" in line]
     d = np.array([-0.1, -0.13, -0.11])
     assert f"{d.mean():+.4f} [" in line
     assert "| 3 |" in line
     _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "full", status=2)
     assert "no row full; there are adalora, lora" in err
+    shutil.copytree(tmp_path / "cola", tmp_path / "again/cola")
+    _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora", status=2)
+    assert "two of its runs have the same task and seed" in err
+    out, _ = output(capsys, "compare", tmp_path / "again/lora", tmp_path / "again/cola/lora")
+    assert f"| {tmp_path}/again/lora | {tmp_path}/again/cola/lora |" in out  # one name in two folders
     out, err = output(capsys, "compare", tmp_path / "adalora", status=2)
     assert "two rows" in err
     assert out == ""

@@ -504,6 +504,15 @@ def test_with_bf16_the_backbone_computes_in_bfloat16_and_all_that_is_trained_in_
     bert: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     seen, plain = set(), fused.add_penalty_gradients
+    load = encoder.load_model
+
+    def load_and_watch(*args: object) -> tuple:
+        tokenizer, model = load(*args)
+        for head in (model.classifier, model.bert.pooler.dense):
+            head.register_forward_hook(lambda *of: seen.add(("head", of[-1].dtype)))
+        return tokenizer, model
+
+    monkeypatch.setattr(encoder, "load_model", load_and_watch)
 
     def look(layers: dict, *args: object, **kwargs: object) -> None:
         plain(layers, *args, **kwargs)
@@ -516,7 +525,7 @@ def test_with_bf16_the_backbone_computes_in_bfloat16_and_all_that_is_trained_in_
 
     monkeypatch.setattr(fused, "add_penalty_gradients", look)
     assert run(command(bert, glue_folder, tmp_path / "run", "--bf16")) == 0
-    assert seen == {("base", torch.bfloat16), ("trained", torch.float32)}
+    assert seen == {("base", torch.bfloat16), ("trained", torch.float32), ("head", torch.float32)}
     assert run(command(bert, glue_folder, tmp_path / "plain")) == 0
     losses = [
         [record["loss"] for record in read(tmp_path / name)[2] if "loss" in record]
