@@ -137,7 +137,7 @@ def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
     found, missed = {}, set(targets)
     for name, module in model.named_modules():
         matches = [target for target in targets if f".{name}".endswith(f".{target}")]
-        if not matches or _in_head(name):
+        if not matches or in_head(name):
             continue
         if not isinstance(module, nn.Linear):
             raise ValueError(f"{name} is a {type(module).__name__}; adapters go around nn.Linear alone")
@@ -145,7 +145,7 @@ def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
             raise ValueError(f"{name} is tied to {min(others)}: an adapter around one of them would be wrong")
         found[name] = module
         missed.difference_update(matches)
-    if heads := sorted(filter(_in_head, missed)):
+    if heads := sorted(filter(in_head, missed)):
         raise ValueError(f"{heads[0]} is part of the head, which is trained as it is: leave it out")
     if missed or not targets:
         kinds = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "weight")})
@@ -160,12 +160,13 @@ def linear_maps(model: nn.Module) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not _in_head(name) and len(_names_of(model, module.weight)) == 1
+        if isinstance(module, nn.Linear) and not in_head(name) and len(_names_of(model, module.weight)) == 1
     ]
     return sorted({".".join(name.split(".")[-2:]) for name in names})
 
 
-def _in_head(name: str) -> bool:
+def in_head(name: str) -> bool:
+    """Whether a parameter or module is behind the encoder: trained as it is."""
     return not HEADS.isdisjoint(name.split("."))
 
 

@@ -1,6 +1,7 @@
 """Sentences or prompts → token ids → batches."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -64,10 +65,8 @@ def cut_prompt(
     def ids(characters: int) -> list[int]:
         return encoded([fill_in(prompt, example | {column: text[:characters]})], tokenizer)[0]
 
-    text, fits, too_many = example[column], 0, len(example[column])
-    while too_many - fits > 1:
-        middle = (fits + too_many) // 2
-        fits, too_many = (middle, too_many) if len(ids(middle)) <= max_length else (fits, middle)
+    text = example[column]
+    fits = bisect_right(range(1, len(text)), max_length, key=lambda n: len(ids(n)))
     example[column] = text[:fits]
     return ids(fits)
 

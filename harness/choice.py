@@ -162,32 +162,21 @@ def choice_task(
 
 
 # fmt: off
-def winogrande_task(size: str, examples: int) -> Task:
-    return choice_task(
-        f"winogrande_{size}", ("allenai/winogrande", f"winogrande_{size}"),
-        "winogrande_1.1", (f"train_{size}", "dev", "test"), examples,
-        SELECT + "{sentence} Choices: A. {option1}. B {option2}. Answer:", LETTERS[:2], ("sentence",),
-        winogrande)
-
-
-def question_task(name: str, hub: tuple, folder: str, files: Collection[str], size: int, most: int) -> Task:
-    prompt, choices = SELECT + "{question} Choices: {choices} Answer:", LETTERS[:most]
-    example = partial(multiple_choice, most)
-    return choice_task(name, hub, folder, files, size, prompt, choices, ("question",), example)
-
-
-def arc_task(kind: str, size: int) -> Task:
-    name, files = f"ARC-{kind}", [f"ARC-{kind}-{split}" for split in ("Train", "Dev", "Test")]
-    return question_task(f"arc_{kind.lower()}", ("allenai/ai2_arc", name), name, files, size, 5)
-
-
+FILL_IN = SELECT + "{sentence} Choices: A. {option1}. B {option2}. Answer:"
+QUESTION = SELECT + "{question} Choices: {choices} Answer:"
 TASKS = {task.name: task for task in (
-    winogrande_task("s", 640),
-    winogrande_task("m", 2558),
-    arc_task("Challenge", 1119),
-    arc_task("Easy", 2251),
-    question_task(
-        "openbookqa", ("allenai/openbookqa", "main"), "OpenBookQA", ("train", "dev", "test"), 4957, 4),
+    *(choice_task(
+        f"winogrande_{size}", ("allenai/winogrande", f"winogrande_{size}"), "winogrande_1.1",
+        (f"train_{size}", "dev", "test"), examples, FILL_IN, LETTERS[:2], ("sentence",), winogrande)
+      for size, examples in (("s", 640), ("m", 2558))),
+    *(choice_task(
+        f"arc_{kind.lower()}", ("allenai/ai2_arc", f"ARC-{kind}"), f"ARC-{kind}",
+        [f"ARC-{kind}-{split}" for split in ("Train", "Dev", "Test")], examples, QUESTION, LETTERS,
+        ("question",), partial(multiple_choice, 5))
+      for kind, examples in (("Challenge", 1119), ("Easy", 2251))),
+    choice_task(
+        "openbookqa", ("allenai/openbookqa", "main"), "OpenBookQA", ("train", "dev", "test"), 4957,
+        QUESTION, LETTERS[:4], ("question",), partial(multiple_choice, 4)),
     choice_task(
         "boolq", ("google/boolq",), "BoolQ", ("train", "dev"), 9427,
         "Answer the question with only True or False: {question} Context: {passage}", ("False", "True"),

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from transformers import BatchEncoding, PreTrainedModel, PreTrainedTokenizerBase
 
-from adalora import HEADS, inject, linear_maps
+from adalora import HEADS, in_head, inject, linear_maps
 from harness import causal
 from harness.glue import check_hub
 from harness.settings import Settings
@@ -64,7 +64,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase,
         kind = UsageError if Path(name).is_dir() else ConnectionError
         raise kind(f"--model {name} cannot be loaded: {error}") from error
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
-    if absent := sorted(key for key in absent if choosing or not is_head(key)):
+    if absent := sorted(key for key in absent if choosing or not in_head(key)):
         raise UsageError(f"--model {name} lacks weights: {absent[0]} is missing or misshapen")
     highest, weights = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if highest >= weights:
@@ -112,11 +112,6 @@ def default_targets(model: PreTrainedModel) -> list[str] | None:
     return TARGETS.get("causal" if is_causal(model) else model.config.model_type)
 
 
-def is_head(name: str) -> bool:
-    """Whether a parameter is behind the encoder: trained as it is, and not counted."""
-    return not HEADS.isdisjoint(name.split("."))
-
-
 def adapt(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Settings
 ) -> dict[str, nn.Module]:
@@ -139,7 +134,7 @@ def adapt(
         except ValueError as error:
             raise UsageError(f"--targets: {error}") from None
     for name, p in model.named_parameters():
-        if is_head(name) and not settings.causal:
+        if in_head(name) and not settings.causal:
             p.requires_grad_(True)
     if settings.causal and layers and round(settings.target_rank * len(layers)) == 0:
         few = f"--target_rank {settings.target_rank:g} with {len(layers)} adapters"
@@ -186,7 +181,7 @@ def check_works(
 
 def count_parameters(model: nn.Module) -> int:
     """What is trained, without the head."""
-    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not is_head(name))
+    return sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not in_head(name))
 
 
 # ---- DeBERTa's relative positions ----------------------------------------------------------------------

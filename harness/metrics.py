@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+import pandas as pd
 import scipy  # scipy.stats takes a while and is imported on its first use
 from numpy.typing import ArrayLike
 
@@ -108,27 +109,16 @@ def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[
     return agreement
 
 
-def place(name: str) -> tuple[str, str]:
-    """A module's layer (the last number in its name, or "") and its name within the layer."""
-    found = re.fullmatch(r"(?:.*\.)?(\d+)\.(.+)", name)
-    return (found[1], found[2]) if found else ("", name)
-
-
 def rank_rows(ranks: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Ranks by adapter → by layer ("" where a name has no number) and module."""
+    """Ranks by adapter → by layer, the last number in a name ("" where there is none), and module in it."""
     rows: dict[str, dict[str, float]] = {}
     for name, rank in ranks.items():
-        layer, module = place(name)
+        layer, module = re.fullmatch(r"(?:(?:.*\.)?(\d+)\.)?(.+)", name).groups(default="")
         rows.setdefault(layer, {})[module] = rank
     return rows
 
 
 def rank_table(ranks: Mapping[str, float]) -> str:
     """Ranks by adapter as text, a row a layer and a column a module."""
-    rows = rank_rows(ranks)
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = ["layer  " + "  ".join(columns)]
-    for layer, row in rows.items():
-        cells = [f"{row[name]:{len(name)}g}" if name in row else " " * len(name) for name in columns]
-        lines.append(f"{layer:>5}  " + "  ".join(cells))
-    return "\n".join(lines)
+    table = pd.DataFrame(rank_rows(ranks)).T.rename_axis("layer").reset_index()
+    return table.to_string(index=False, na_rep="", float_format="{:g}".format)

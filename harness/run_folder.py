@@ -280,22 +280,19 @@ def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     """
     own = settings["train_file"] is not None
     data = "a file of --train_file or --validation_file" if own else "--data_dir"
-    checksums = {
-        "encoder": f"--model {settings['model']} has other weights",
-        "data": f"{data} has other data",
-    }
-    groups = {f.name: f.metadata["group"] for f in fields(Settings) if f.metadata["role"] != NOTHING}
-    said = {name: f"--{name}" if group else name for name, group in groups.items()}
+    other = {"encoder": f"--model {settings['model']} has other weights", "data": f"{data} has other data"}
+    compared = [f for f in fields(Settings) if f.metadata["role"] != NOTHING]
+    said = {f.name: f"--{f.name}" if f.metadata["group"] else f.name for f in compared}
     said |= {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
     said |= {"task": "--name"} if own else {}
     first = ["task", "holdout", "holdout_seed", "base_dtype", "prompt", "choices", "max_length"]
-    for name in dict.fromkeys([*first, "encoder", "data", *groups]):
+    for name in dict.fromkeys([*first, *other, *said]):
         now = settings.get(name)
         then = before.get(name, now)
         if name == "device":  # any GPU is as good
             now, then = (str(device).split(":")[0] for device in (now, then))
-        if now != then and name in checksums:
-            raise UsageError(f"{checksums[name]} than the run in {folder} had")
+        if now != then and name in other:
+            raise UsageError(f"{other[name]} than the run in {folder} had")
         if now != then:
             raise UsageError(f"{said[name]} is {now}, but was {then} for the run in {folder}: give the same")
 
@@ -401,15 +398,13 @@ def load_adapter(folder: Path, model: nn.Module, settings: Settings) -> dict[str
     tensors, metadata = files.read_tensors(folder / ADAPTER)
     sigma = files.read_tensors(folder / POSTERIOR)[0] if (folder / POSTERIOR).exists() else {}
     try:
-        if metadata != scale(settings) or trained(model).keys() != tensors.keys():
-            raise RuntimeError("other adapters, or another scale")
+        if metadata != scale(settings):
+            raise RuntimeError("it has another scale")
         model.load_state_dict(tensors, strict=False)
-        kinds = {name: (p.shape, p.dtype) for name, p in trained(model).items()}
-        if sigma and kinds != {name: (x.shape, x.dtype) for name, x in sigma.items()}:
-            raise RuntimeError("the posterior is of another adapter")
-        whole = [*tensors.values(), *sigma.values()]
-        if not all(x.dtype == torch.float32 and x.isfinite().all() for x in whole):
-            raise RuntimeError("something in them is not a finite float32")
+        kinds = {name: (p.shape, torch.float32) for name, p in trained(model).items()}
+        for found in (tensors, sigma or tensors):
+            if kinds != {name: (x.shape, x.dtype) for name, x in found.items() if x.isfinite().all()}:
+                raise RuntimeError("something in it is missing, misshapen or not a finite float32")
     except RuntimeError as error:
         raise UsageError(f"{folder}/adapter does not fit config.json and the model: {error}") from None
     return {name: x.to(model.device) for name, x in sigma.items()}

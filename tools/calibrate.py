@@ -16,13 +16,14 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from adalora import SVDLinear
+from budget import keep_top
 from harness.batches import Split
 from harness.metrics import calibration
 from harness.prediction import predict, predict_from_draws
 
 FITTED = ("temperature scaling", "draws at the fitted τ", "pruned", "TFB")
 TAUS = (0.1, 0.3, 1.0, 3.0)
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TFB_RANGE, TFB_BISECTIONS, TFB_TOLERANCE = (0.001, 0.2), 5, 1.003  # [F]: NLL at most 0.3% above the mean's
 
 
@@ -45,13 +46,12 @@ def fitted(
     yield Predictor("temperature scaling", 0, T, lambda of: scaled(predict(model, of), T))
     yield Predictor("MC dropout", samples, 0.0, lambda of: dropout_average(model, of, samples, seed))
     if sigma:
-        at = {tau: predict_from_draws(model, split, sigma, samples, tau, seed) for tau in TAUS}
-        tau = min(TAUS, key=lambda tau: nll(at[tau], split.labels))
-        draws = partial(predict_from_draws, model, sigma=sigma, samples=samples, temperature=tau, seed=seed)
+        draws = partial(predict_from_draws, model, sigma=sigma, samples=samples, seed=seed)
+        tau = min(TAUS, key=lambda tau: nll(draws(split, temperature=tau), split.labels))
+        draws = partial(draws, temperature=tau)
         yield Predictor("draws at the fitted τ", samples, tau, draws)
     if own := {name: x for name, x in sigma.items() if name.rpartition(".")[0] in layers}:
-        at = {share: predict_pruned(model, split, own, share) for share in (0.0, *SHARES)}
-        share = min(at, key=lambda share: nll(at[share], split.labels))
+        share = min(SHARES, key=lambda share: nll(predict_pruned(model, split, own, share), split.labels))
         yield Predictor("pruned", 0, share, lambda of: predict_pruned(model, of, own, share))
     if layers:
         unit = training_free(layers)
@@ -94,17 +94,14 @@ def training_free(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     sigma = {}
     for name, layer in layers.items():
         svd = isinstance(layer, SVDLinear)
-        left = layer.scaling * (layer.P * layer.lam if svd else layer.B)
-        d_out, r = left.shape
-        U, d, V = torch.linalg.svd(F.pad(left, (0, 0, 0, max(0, r - d_out))), full_matrices=False)
+        left, right, part = (layer.P, layer.Q, "Q") if svd else (layer.B, layer.A, "A")
+        factor = layer.scaling * (left * layer.lam if svd else left)
+        d_out, r = factor.shape
+        U, d, V = torch.linalg.svd(F.pad(factor, (0, 0, 0, max(0, r - d_out))), full_matrices=False)
         U, live = U[:d_out], d > d[:1] * torch.finfo(d.dtype).eps * max(d_out, r)  # d is in descending order
+        left.copy_(U * d / layer.scaling)
         if svd:
-            layer.P.copy_(U)
-            layer.lam.copy_(d / layer.scaling)
-            right, part = layer.Q, "Q"
-        else:
-            layer.B.copy_(U * d / layer.scaling)
-            right, part = layer.A, "A"
+            layer.lam.fill_(1)
         right.copy_(V @ right)
         sigma[f"{name}.{part}"] = torch.where(live, 1 / d, 0).unsqueeze(1).expand_as(right)
     return sigma
@@ -128,9 +125,7 @@ def predict_pruned(model: nn.Module, split: Split, sigma: Mapping[str, Tensor], 
     parameters = {name: p.data for name, p in model.named_parameters() if name in sigma}
     before = {name: p.clone() for name, p in parameters.items()}
     ratios = torch.cat([(p.abs() / sigma[name]).flatten() for name, p in parameters.items()])
-    order = ratios.argsort(stable=True)
-    keep = torch.ones_like(ratios, dtype=torch.bool)
-    keep[order[: int(share * len(order))]] = False
+    keep = keep_top(ratios, len(ratios) - int(share * len(ratios)))
     try:
         masks = keep.split([p.numel() for p in before.values()])
         for p, mask in zip(parameters.values(), masks, strict=True):

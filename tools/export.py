@@ -11,16 +11,14 @@ model is now.
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from adalora import HEADS, SVDLinear
-from harness.encoder import is_head
+from adalora import HEADS, SVDLinear, in_head
 from harness.settings import Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from tools.finished import evaluation_settings, load_model, read_run
@@ -38,14 +36,6 @@ def write_merged(folder: Path, model: PreTrainedModel, layers: dict[str, nn.Modu
     model.save_pretrained(folder)
 
 
-def describe_head(config: PretrainedConfig, labels: Sequence[str]) -> None:
-    if labels:
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-    else:
-        config.problem_type = "regression"
-
-
 def write_peft(folder: Path, model: nn.Module, layers: dict[str, nn.Module], settings: Settings) -> None:
     """adapter_config.json and adapter_model.safetensors, in the form that PEFT saves and loads."""
     r, tensors, pattern = settings.init_rank, {}, {}
@@ -57,7 +47,7 @@ def write_peft(folder: Path, model: nn.Module, layers: dict[str, nn.Module], set
             tensors[f"{prefix}.lora_E"] = layer.lam.unsqueeze(1) * ((r + PEFT_EPSILON) / max(r, 1))
         else:
             tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = layer.A, layer.B
-    head = {name: p for name, p in model.named_parameters() if is_head(name) and p.requires_grad}
+    head = {name: p for name, p in model.named_parameters() if in_head(name) and p.requires_grad}
     tensors |= {f"base_model.model.{name}": p for name, p in head.items()}
     modules = {next(part for part in name.split(".") if part in HEADS) for name in head}
     config = {
@@ -98,8 +88,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
         raise UsageError(f"{args.folder} exists: give a new folder")
     tokenizer, model, layers, _ = load_model(run, settings)
-    if not settings.causal:
-        describe_head(model.config, task_of(settings).labels)
+    labels = task_of(settings).labels
+    if labels and not settings.causal:
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: i for i, label in enumerate(labels)}
+    elif not labels:
+        model.config.problem_type = "regression"
     parent = args.folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)

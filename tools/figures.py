@@ -1,7 +1,7 @@
 """The papers' figures, from plain data: each function returns a matplotlib figure, `save` writes it."""
 
+import io
 import math
-import os
 import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from harness.files import check_writable, write_whole
 from harness.metrics import rank_rows, reliability
 from harness.task import UsageError
 
@@ -21,29 +22,16 @@ except ImportError:  # text needs no pictures
     plt = None
 
 
-def check_available() -> None:
-    """Raise UsageError if figures cannot be drawn."""
-    if plt is None:
-        raise UsageError("pictures need matplotlib: pip install matplotlib")
-
-
 def save(figure: "plt.Figure", path: Path) -> None:
-    """All of it or nothing: written beside and renamed."""
-    path = path.resolve()
-    beside = path.with_name(f".{path.name}.new")
+    """All of it or nothing. Raises UsageError, OSError."""
+    path, content = path.resolve(), io.BytesIO()
+    check_writable(path, f"-o {path}")
     try:
-        if path.exists() and not path.is_file():
-            raise ValueError("it is not a file")
-        figure.savefig(beside, dpi=150, format=path.suffix.removeprefix(".") or "png")
-        os.replace(beside, path)
-    except (OSError, ValueError, OverflowError) as error:
-        beside.unlink(missing_ok=True)
+        figure.savefig(content, dpi=150, format=path.suffix.removeprefix(".") or "png")
+    except (ValueError, OverflowError) as error:
         raise UsageError(f"-o {path} cannot be written: {error}") from None
+    write_whole(path, content.getbuffer())
     print(path)
-
-
-def wrapped(text: str, width: int) -> str:
-    return "\n".join(textwrap.wrap(text, width))
 
 
 def draw_heat_map(axis: "plt.Axes", values: pd.DataFrame, top: float, digits: int) -> Any:
@@ -72,7 +60,7 @@ def ranks(patterns: dict[str, dict[str, float]]) -> "plt.Figure":
     across = min(len(maps), 2)
     down = math.ceil(len(maps) / across)
     width = 0.4 * layers + 0.6
-    titles = [wrapped(name, max(20, int(14 * width))) for name in maps]
+    titles = [textwrap.fill(name, max(20, int(14 * width))) for name in maps]
     title_height = 0.13 * max(title.count("\n") for title in titles)
     size = (2.2 + across * width, 0.6 + down * (0.32 * modules + 0.7 + title_height))
     shared = {"squeeze": False, "sharex": True, "sharey": True, "layout": "constrained"}
@@ -91,45 +79,38 @@ def ranks(patterns: dict[str, dict[str, float]]) -> "plt.Figure":
     return figure
 
 
-class Curve(NamedTuple):
-    """A line in each of two panels; `row` decides its colour. Values: mean, min, max over seeds by step."""
+def curves(found: dict[str, pd.DataFrame]) -> "plt.Figure":
+    """For each task, the score against the step and the budget under it: mean, and range over seeds.
 
-    row: str
-    panel: str
-    metric: str
-    scores: pd.DataFrame
-    budgets: pd.DataFrame
-
-
-def curves(lines: dict[str, Curve]) -> "plt.Figure":
-    """For each task, the score against the step and the budget under it: mean, and range over seeds."""
-    labels = {name: wrapped(name, 72) for name in lines}
-    heights = {line.panel: 0 for line in lines.values()}  # of the legends, in lines
-    for name, line in lines.items():
-        heights[line.panel] += 1 + labels[name].count("\n")
-    size = (1 + 5 * len(heights), 5.7 + 0.15 * max(heights.values()))
+    `found`: by name, a line an update or evaluation, with step, score, budget, folder, row, title, measure.
+    """
+    titles, rows = (list(dict.fromkeys(of[key].iloc[0] for of in found.values())) for key in ("title", "row"))
+    labels = [textwrap.fill(name, 72) for name in found]
+    size = (1 + 5 * len(titles), 5.2 + 0.15 * sum(1 + label.count("\n") for label in labels))
     shared = {"squeeze": False, "sharex": "col", "height_ratios": (3, 1), "layout": "constrained"}
-    figure, axes = plt.subplots(2, len(heights), figsize=size, **shared)
-    colours = {row: f"C{i}" for i, row in enumerate(dict.fromkeys(line.row for line in lines.values()))}
-    for name, line in lines.items():
-        score, budget = axes[:, list(heights).index(line.panel)]
-        draw_range(score, line.scores, colours[line.row], label=labels[name])
-        draw_range(budget, line.budgets, colours[line.row])
-        score.set(title=line.panel, ylabel=line.metric)
+    figure, axes = plt.subplots(2, len(titles), figsize=size, **shared)
+    for label, lines in zip(labels, found.values(), strict=True):
+        row, title, measure = lines[["row", "title", "measure"]].iloc[0]
+        score, budget = axes[:, titles.index(title)]
+        draw_range(score, over_seeds(lines, "score"), f"C{rows.index(row)}", label=label, marker=".")
+        draw_range(budget, over_seeds(lines, "budget"), f"C{rows.index(row)}")
+        score.set(title=title, ylabel=measure.replace("_", " "))
         budget.set(xlabel="step", ylabel="triplets")
-    for score, budget in axes.T:
         score.grid(alpha=0.3)
-        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.4), "borderaxespad": 0}
-        budget.legend(*score.get_legend_handles_labels(), fontsize=7, **below)
+    figure.legend(fontsize=7, loc="outside lower center")
     return figure
+
+
+def over_seeds(lines: pd.DataFrame, value: str) -> pd.DataFrame:
+    """Mean, min and max by step, at the steps that all seeds have."""
+    values = lines.dropna(subset=value).groupby("step")[value].agg(["mean", "min", "max", "count"])
+    return values[values["count"] == lines["folder"].nunique()]
 
 
 class Agreement(NamedTuple):
     """How far scores agree in runs that differ in the seed alone."""
 
-    matrix: (
-        pd.DataFrame
-    )  # (scores, scores), at the last allocation: Spearman above the diagonal, Jaccard below
+    matrix: pd.DataFrame  # (scores, scores), at the end: Spearman above the diagonal, Jaccard below
     chance: float  # Jaccard of two scores that have nothing in common
     course: pd.DataFrame  # by step, means over seeds: "spearman.a/b", …, "sigma_cv"
 
@@ -148,7 +129,7 @@ def agreement(found: dict[str, Agreement]) -> "plt.Figure":
     for (name, agreement), (matrix, course, variation) in zip(found.items(), axes.T, strict=True):
         draw_heat_map(matrix, agreement.matrix, 1, digits=2)
         plt.setp(matrix.get_xticklabels(), rotation=40, ha="right")
-        matrix.set_title(wrapped(f"{name} (Jaccard by chance {agreement.chance:.2f})", 46), fontsize=8)
+        matrix.set_title(textwrap.fill(f"{name} (Jaccard by chance {agreement.chance:.2f})", 46), fontsize=8)
         for column, label in agreement.pairs().items():
             course.plot(agreement.course[column], label=label)
         course.set(ylim=(-1.05, 1.05), ylabel="Spearman")
@@ -183,7 +164,7 @@ def reliability_diagrams(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarra
             diagram.plot(confidence, accuracy, marker="o", markersize=3, color=f"C{i}", label=how)
             left = np.arange(10) / 10 + 0.02 + 0.04 * i
             histogram.bar(left, counts, width=0.035, align="edge", color=f"C{i}")
-        diagram.set_title(wrapped(name, 40), fontsize=8)
+        diagram.set_title(textwrap.fill(name, 40), fontsize=8)
         diagram.set(xlim=(0, 1), ylim=(0, 1))
         diagram.legend(fontsize=7)
         diagram.set_ylabel("accuracy", fontsize=8)

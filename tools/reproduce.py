@@ -29,7 +29,7 @@ import math
 import os
 import shlex
 import sys
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -291,17 +291,9 @@ def draw_curves(args: Namespace) -> None:
             raise UsageError("metrics.jsonl has no evaluation, or nothing else")
         return lines
 
-    def over_seeds(lines: pd.DataFrame, value: str) -> pd.DataFrame:
-        """Mean, min and max by step, at the steps that all seeds have."""
-        values = lines.dropna(subset=value).groupby("step")[value].agg(["mean", "min", "max", "count"])
-        return values[values["count"] == lines["folder"].nunique()]
-
-    curves = {}
-    for name, lines in read_found(args, journal).items():
-        row, title, measure = lines[["row", "title", "measure"]].iloc[0]
-        place = row, title, (args.of or measure).replace("_", " ")
-        curves[name] = figures.Curve(*place, over_seeds(lines, "score"), over_seeds(lines, "budget"))
-    figures.save(figures.curves(curves), args.o or Path("curves.png"))
+    found = read_found(args, journal)
+    named = {name: lines.assign(measure=args.of or lines["measure"]) for name, lines in found.items()}
+    figures.save(figures.curves(named), args.o or Path("curves.png"))
 
 
 def print_agreement(args: Namespace) -> None:
@@ -361,16 +353,12 @@ def read_evaluated(args: Namespace) -> dict[str, pd.DataFrame]:
 
     def rows(run: FinishedRun) -> pd.DataFrame:
         found = read_evaluations(run)
-        return found.assign(
-            key=found["how"], how=[how_text(*of) for of in zip(found["how"], found["samples"], strict=True)]
-        )
+        how = found["how"]
+        draws = found["samples"].astype(str) + " draws, " + how.str.replace("tau=", "τ = ")
+        return found.assign(key=how, how=draws.where(how.str.startswith("tau="), how))
 
     groups = read_found(args, rows).items()
     return {name: found.sort_values(["samples", "temperature"], kind="stable") for name, found in groups}
-
-
-def how_text(how: str, samples: int) -> str:
-    return f"{samples} draws, {how.replace('tau=', 'τ = ')}" if how.startswith("tau=") else how
 
 
 def print_calibration_table(found: Mapping[str, pd.DataFrame]) -> None:
@@ -431,12 +419,6 @@ def print_temperature(args: Namespace) -> None:
 # ---- main ----------------------------------------------------------------------------------------------
 
 
-def picture(text: str) -> Path:
-    if not Path(text).name:
-        raise ArgumentTypeError(f"{text!r} is not a file's name")
-    return Path(text)
-
-
 VERBS = {
     "table": (print_table, "the paper's Table I, as Markdown"),
     "ranks": (print_ranks, "the paper's Figure 1: ranks by layer and module"),
@@ -475,7 +457,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         verb.add_argument("runs", nargs="+", type=Path, help="folders of runs")
         verb.add_argument("--name", nargs="+", action="append", default=[], **naming)
         if name != "table":
-            verb.add_argument("-o", type=picture, metavar="PICTURE", help="a file: .png, .pdf, .svg")
+            verb.add_argument("-o", type=Path, metavar="PICTURE", help="a file: .png, .pdf, .svg")
         if name == "curves":
             verb.add_argument("--of", choices=DIAGNOSTICS, help="what IVON was doing, instead of the score")
         verb.set_defaults(do=do)
@@ -483,8 +465,8 @@ def parse(argv: list[str] | None = None) -> Namespace:
     for label, *pairs in getattr(args, "name", ()):
         if not pairs or not all("=" in pair for pair in pairs):
             raise UsageError(f"--name {label}: give a label, then settings as KEY=VALUE")
-    if args.verb == "curves" or getattr(args, "o", None):
-        figures.check_available()
+    if figures.plt is None and (args.verb == "curves" or getattr(args, "o", None)):
+        raise UsageError("pictures need matplotlib: pip install matplotlib")
     return args
 
 

@@ -4,6 +4,7 @@
 appear when all of its search is finished there.
 """
 
+import itertools
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -85,35 +86,27 @@ def chosen(out: Path, task: str) -> dict[str, str] | None:
 
 def second_part(task: str, settings: dict[str, str]) -> Iterator[tuple[str, str]]:
     """The runs that are judged; where a flag is given twice, the last one counts."""
-    mu = settings["adalora-ivon-mu"]
-    rows = settings | {row: f"{mu} {more}" for row, more in MORE_ROWS.items()}
-    for seed in [*SEEDS, *(MORE_SEEDS if task == "cola" else ())]:
-        for row, flags in rows.items():
-            yield f"{task}/{row}-s{seed}", f"--task {task} {flags} --seed {seed} {SHAPE}"
+    mu, fresh = settings[IVON], [*SEEDS, *(MORE_SEEDS if task == "cola" else ())]
+    groups = [(fresh, settings | {row: f"{mu} {more}" for row, more in MORE_ROWS.items()})]
     if task == "cola":
-        for seed in SEEDS:
-            for score in SPARSE:
-                flags = f"{mu} --score {score} --target_rank 0.25 --init_rank 3"
-                yield f"{task}/rank-0.25-{score}-s{seed}", f"--task {task} {flags} --seed {seed} {SHAPE}"
+        rank = "--target_rank 0.25 --init_rank 3"
+        groups.append((SEEDS, {f"rank-0.25-{score}": f"{mu} --score {score} {rank}" for score in SPARSE}))
         length = f"--max_steps {LONG_UPDATES} --eval_every {LONG_UPDATES}"
-        for seed in LONG_SEEDS:
-            for row in ("adalora-adamw", "adalora-ivon-mu"):
-                flags = f"{settings[row]} --seed {seed} {SHAPE} {length}"
-                yield f"{task}/long-{row}-s{seed}", f"--task {task} {flags}"
+        groups.append((LONG_SEEDS, {f"long-{row}": f"{settings[row]} {length}" for row in (ADALORA, IVON)}))
+    for seeds, rows in groups:
+        for seed, (row, flags) in itertools.product(seeds, rows.items()):
+            yield f"{task}/{row}-s{seed}", f"--task {task} {SHAPE} {flags} --seed {seed}"
 
 
 def print_commands(out: Path, more: list[str]) -> None:
-    """run_glue.py's of what is not finished, then tools.evaluate's of what is finished and not evaluated."""
+    """run_glue.py's of what is not finished, tools.evaluate's of what is finished and not evaluated."""
     for task in TASKS:
         settings = chosen(out, task)
         for name, flags in search(task) if settings is None else second_part(task, settings):
             if not (out / name / "results.json").exists():
                 where = ["--output_dir", str(out / name), "--resume"]
                 print(shlex.join(["python", "run_glue.py", *flags.split(), *where, *more]))
-    for task in TASKS:
-        for name, flags in second_part(task, settings) if (settings := chosen(out, task)) else ():
-            there = [(out / name / file).exists() for file in ("results.json", "evaluation.json")]
-            if there == [True, False]:
+            elif settings and not (out / name / "evaluation.json").exists():
                 draws = ["--eval_samples", "10"] if "--optimizer ivon" in flags else []
                 rivals = task != "stsb" and name.split("/")[1].rpartition("-s")[0] in TRIALS
                 fit = ["--fit", "holdout"] if rivals else []

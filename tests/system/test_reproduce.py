@@ -574,6 +574,7 @@ def test_long_names_overlap_nothing_in_the_figures(verb: str, scores: list[str],
     boxes = [axis.get_window_extent() for axis in panels]
     texts = [axis.title for axis in panels if axis.get_title()]
     texts += [axis.get_legend() for axis in panels if axis.get_legend()]
+    texts += figure.legends
     assert texts
     extents = [text.get_window_extent() for text in texts]
     width, height = figure.canvas.get_width_height()
