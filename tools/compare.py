@@ -20,25 +20,31 @@ MEASURES = {"score": 100, "nll": 1, "ece": 100, "brier": 1}  # with what they ar
 LOWER_IS_BETTER = ("nll", "ece", "brier")
 
 
-def read_measures(folders: list[Path], split: str) -> pd.DataFrame:
-    """A line a run and way to predict: row, with its folder, how, task, seed, and MEASURES (NaN where a task
-    has none). Evaluated runs that cannot be read are named on stderr and left out."""
-    found = []
-    for folder in folders:
+def read_measures(rows: list[str], split: str) -> pd.DataFrame:
+    """Of these rows and those beside them, a line a run and way to predict: row, with its folder, how, task,
+    seed, and MEASURES (NaN where a task has none). What cannot be read of these rows is named on stderr.
+    """
+    found, asked = [], {without_how(row) for row in rows}
+    for folder in dict.fromkeys(Path(row).parent for row in rows):
         for run in find_runs([folder]):
             if not (run.folder / "evaluation.json").exists():
                 continue
+            task, seed = run.task, run.config["seed"]
+            row = str(folder / re.sub(rf"^{task.name}-|-s{seed}$", "", run.folder.name))
             try:
                 lines = read_evaluations(run, split)
             except UsageError as error:
-                skip(run.folder, error)
+                if row in asked:
+                    skip(run.folder, error)
                 continue
-            task, seed = run.task, run.config["seed"]
-            row = str(folder / re.sub(rf"^{task.name}-|-s{seed}$", "", run.folder.name))
             found.append(lines.assign(row=row, task=task.name, seed=seed, score=lines[task.metric]))
     if not found:
         raise UsageError(f"no run there has an evaluation of {split}: run tools.evaluate")
     return pd.concat(found, ignore_index=True).reindex(columns=["row", "how", "task", "seed", *MEASURES])
+
+
+def without_how(row: str) -> str:
+    return str(Path(row).parent / Path(row).name.partition(":")[0])
 
 
 def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[str, np.ndarray]:
@@ -47,7 +53,7 @@ def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[st
 
     def of(row: str) -> pd.DataFrame:
         name, _, how = Path(row).name.partition(":")
-        own = measures[measures["row"] == str(Path(row).parent / name)]
+        own = measures[measures["row"] == without_how(row)]
         if own.empty:
             there = sorted({Path(other).name for other in measures["row"]})
             raise UsageError(f"there is no row {name}; there are {', '.join(there)}")
@@ -102,9 +108,8 @@ def print_compare(rows: list[str], split: str) -> None:
     """The comparison as Markdown; score and ECE in points."""
     if len(rows) < 2:
         raise UsageError("give two rows or more: the first is compared with the others")
-    folders, names = list(dict.fromkeys(Path(row).parent for row in rows)), {Path(row).name for row in rows}
-    table = compared(read_measures(folders, split), rows)
-    if len(names) == len(set(rows)):  # no two are alike but for their folders
+    table = compared(read_measures(rows, split), rows)
+    if len({Path(row).name for row in rows}) == len(set(rows)):  # no two are alike but for their folders
         table[["row", "against"]] = table[["row", "against"]].map(lambda row: Path(row).name)
     print("| row | against | measure | task | difference [95%] | n | p | Holm's p | so it is |")
     print("| --- " * 9 + "|")

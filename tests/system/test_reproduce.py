@@ -1055,7 +1055,7 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
     write_run(trial, ["--task", "cola", *SMALL], 0.5)
     (trial / "evaluation.json").write_text('{"evaluations": [{"split": "holdout"}]}')
     out, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora")
-    assert err.startswith(f"skipped {trial}: evaluation.json has nothing of validation")
+    assert err == ""
     (line,) = [line for line in out.splitlines() if "| nll |" in line]
     d = np.array([-0.1, -0.13, -0.11])
     assert f"{d.mean():+.4f} [" in line
@@ -1063,6 +1063,12 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
     _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "full", status=2)
     assert "no row full; there are adalora, lora" in err
     shutil.copytree(tmp_path / "cola", tmp_path / "again/cola")
+    damaged = tmp_path / "again/cola/lora-s1"
+    (damaged / "evaluation.json").write_text("{}")
+    out, err = output(capsys, "compare", tmp_path / "again/adalora", tmp_path / "again/lora")
+    assert "| 2 |" in out
+    assert err.startswith(f"skipped {damaged}: evaluation.json has nothing of validation")
+    shutil.copy(tmp_path / "cola/lora-s1/evaluation.json", damaged)
     _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora", status=2)
     assert "two of its runs have the same task and seed" in err
     out, _ = output(capsys, "compare", tmp_path / "again/lora", tmp_path / "again/cola/lora")
