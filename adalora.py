@@ -1,4 +1,4 @@
-"""Low-rank adapters, SVD-parameterised (AdaLoRA) and plain (LoRA): injection, penalty, taking triplets out.
+"""Low-rank adapters, SVD-parameterised (AdaLoRA) and plain (LoRA): injection, penalty, removing triplets.
 
     layers = inject(model, ["query", "value"], rank=3, alpha=32)     # {module name: SVDLinear}
     loss = task_loss + gamma * orthogonality_penalty(layers)
@@ -114,11 +114,11 @@ def inject(
         kind: "svd" or "lora".
 
     Adapters work on any `nn.Linear`, subclasses included. Returns them by module name, in the model's order.
-    Raises ValueError, the model untouched, for a target that names no linear map, one whose weight is tied
-    to another's, a model that has adapters already, or an impossible rank.
+    Raises ValueError, leaving the model unchanged, for a target that names no linear map, one whose weight is
+    tied to another's, a model that has adapters already, or an impossible rank.
     """
     if kind not in KINDS or rank < (kind == "lora"):
-        raise ValueError(f"{kind} adapters cannot have rank {rank}; there are {' and '.join(KINDS)}")
+        raise ValueError(f"there is no {kind} adapter of rank {rank}: svd has 0 or more, lora 1 or more")
     if isinstance(targets, str):
         raise ValueError(f"targets is a list of names: [{targets!r}]")
     if any(isinstance(module, (SVDLinear, LoRALinear)) for module in model.modules()):
@@ -146,12 +146,12 @@ def find_targets(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
         found[name] = module
         missed.difference_update(matches)
     if heads := sorted(filter(in_head, missed)):
-        raise ValueError(f"{heads[0]} is part of the head, which is trained as it is: leave it out")
+        raise ValueError(f"{heads[0]} is part of the head, which is trained in full: leave it out")
     if missed or not targets:
         kinds = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "weight")})
         there = ", ".join(linear_maps(model)) or f"no nn.Linear to adapt, but {', '.join(kinds)}"
-        missing = ", ".join(sorted(missed)) or "nothing"
-        raise ValueError(f"no linear map is called {missing}; this model has {there}")
+        wrong = f"no linear map is called {', '.join(sorted(missed))}" if missed else "targets is empty"
+        raise ValueError(f"{wrong}; this model has {there}")
     return found
 
 
@@ -166,7 +166,7 @@ def linear_maps(model: nn.Module) -> list[str]:
 
 
 def in_head(name: str) -> bool:
-    """Whether a parameter or module is behind the encoder: trained as it is."""
+    """Whether a parameter or module belongs to a head, which is trained in full."""
     return not HEADS.isdisjoint(name.split("."))
 
 
@@ -199,11 +199,11 @@ def add_penalty_gradients(layers: Mapping[str, nn.Module], gamma: float, squared
         (gamma * orthogonality_penalty(svd, squared)).backward()
 
 
-# ---- taking triplets out -------------------------------------------------------------------------------
+# ---- removing triplets ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def take_out(
+def remove_triplets(
     layers: Mapping[str, SVDLinear], kept: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> None:
     """Cut P, λ and Q, their gradients and the optimizer's state of them down to the triplets that are kept.
@@ -211,9 +211,9 @@ def take_out(
     Args:
         kept: bool masks by adapter, (r,) each.
 
-    Raises ValueError, nothing being cut, where the optimizer has state of another shape than its parameter.
+    Raises ValueError, before anything is cut, if the optimizer has state of another shape than its parameter.
     """
-    check_state_can_be_cut(layers, optimizer)
+    check_state_is_prunable(layers, optimizer)
     for name, layer in layers.items():
         index = kept[name].nonzero().squeeze(1)
         for part, dim in (("P", 1), ("lam", 0), ("Q", 0)):
@@ -228,7 +228,7 @@ def take_out(
             setattr(layer, part, p)
 
 
-def check_state_can_be_cut(layers: Mapping[str, SVDLinear], optimizer: torch.optim.Optimizer) -> None:
+def check_state_is_prunable(layers: Mapping[str, SVDLinear], optimizer: torch.optim.Optimizer) -> None:
     """Raise ValueError for optimizer state that is neither parameter-shaped nor a scalar."""
     for name, layer in layers.items():
         for p in (layer.P, layer.lam, layer.Q):

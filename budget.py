@@ -1,4 +1,4 @@
-"""How many triplets live at step t, and which.
+"""How many triplets are kept at step t, and which.
 
 [A] Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning", ICLR 2023.
 """

@@ -6,7 +6,7 @@
     add_penalty_gradients(layers, gamma)             # instead of adalora.add_penalty_gradients
 
 Optional: without this file, and without the blocks of run_glue.py and tools/finished.py that import it, the
-plain forms are used. Each function names its own; tests/formulas/test_fused.py holds the two together.
+plain forms are used. Each docstring names its own; tests/formulas/test_fused.py compares the two.
 """
 
 from collections import defaultdict
@@ -98,8 +98,8 @@ class Scaled(NamedTuple):
 
 
 def scaled_factor(layer: SVDLinear) -> Scaled:
-    """What ScaleTogether has made for this layer; or its own, outside the model's forward pass, under
-    activation checkpointing, or where gradients have been switched on or off since."""
+    """ScaleTogether's factor for this layer; a fresh one outside the model's forward pass, under activation
+    checkpointing, or if gradients have been switched on or off since."""
     wanted = torch.is_grad_enabled() and (layer.P.requires_grad or layer.lam.requires_grad)
     if layer.scaled is None or layer.scaled.B.requires_grad != wanted or _in_checkpoint():
         return scale([layer])[0]

@@ -139,7 +139,7 @@ class Flat:
         update_mean_(m, g_bar, precision, delta, alpha, group["clip_radius"])
         self.restore_mean()
         for p, grad in zip(self.params, self.views["g_hat"], strict=True):
-            p.grad = grad  # for whoever scores by it
+            p.grad = grad  # for scores that use the gradient
 
 
 class IVON(torch.optim.Optimizer):
@@ -148,7 +148,7 @@ class IVON(torch.optim.Optimizer):
     Args:
         params: parameters, or groups of them, which can differ in every setting but mc_samples and sync.
         lr: step size; α = lr·(h0 + δ) with `rescale_lr`, else α = lr.
-        ess: effective sample size (λ in [S]), in the papers the training set's. Larger: a narrower posterior.
+        ess: effective sample size (λ in [S]); in the papers, training examples. Larger: a narrower posterior.
         hess_init: h0 > 0. Larger: a narrower posterior at the start.
         beta1: decay of the gradient's average g.
         beta2: decay of the Hessian's average h. Its memory is 1/(1 − beta2) steps: for σ to become
@@ -186,7 +186,7 @@ class IVON(torch.optim.Optimizer):
             "hess_approx": s["hess_approx"] in ("price", "gradsq"),
         }  # fmt: skip
         if wrong := [name for name, right in in_range.items() if not right]:
-            raise ValueError(f"IVON cannot work with {wrong[0]} = {s[wrong[0]]}")
+            raise ValueError(f"IVON: {wrong[0]} = {s[wrong[0]]} is out of range")
         super().add_param_group(param_group)
 
     @contextmanager
@@ -194,12 +194,12 @@ class IVON(torch.optim.Optimizer):
         """Inside the block θ is a draw from N(m, diag(τσ²)), τ ≥ 0; afterwards it is exactly m again.
 
         With `train`, the gradients that the block leaves in `p.grad` become one Monte-Carlo sample of the
-        next `step`; `p.grad` is None when such a block starts and when it ends. A block that raises counts
-        for nothing. Without `train` (prediction), gradients and state are left alone. Raises ValueError for
-        another τ (in training: than 1), RuntimeError inside another block and for sparse gradients.
+        next `step`; `p.grad` is None when such a block starts and when it ends. A block that raises is
+        discarded. Without `train` (prediction), gradients and state are left alone. Raises ValueError if
+        τ < 0, or τ ≠ 1 with `train`; RuntimeError inside another block, and for sparse gradients.
         """
         if not temperature >= 0 or (train and temperature != 1):
-            raise ValueError(f"temperature is 0 or more, in training 1, not {temperature}")
+            raise ValueError(f"temperature must be at least 0, and 1 in training, not {temperature}")
         if self._sampled:
             raise RuntimeError("sampled_params cannot be entered inside another sampled_params block")
         flats = self._gather()
@@ -286,7 +286,7 @@ class IVON(torch.optim.Optimizer):
     def _drop_vectors(self) -> None:
         self._flats: dict[tuple, Flat] = {}  # by group, device and dtype
         self._sampled = False  # whether inside a block
-        self._lost = False  # whether parameters have changed since a block whose step is still to come
+        self._lost = False  # whether blocks were lost because parameters changed before `step`
 
     def _state(self, p: Tensor, group: dict) -> dict[str, Tensor]:
         state = self.state[p]
@@ -309,7 +309,7 @@ class IVON(torch.optim.Optimizer):
             for key, params in buckets.items():
                 flat = self._flats.get(key)
                 if flat is None or not flat.is_current(params, [self.state[p] for p in params]):
-                    with torch.inference_mode(False), torch.no_grad():  # they serve training, too
+                    with torch.inference_mode(False), torch.no_grad():  # training uses them, too
                         flat = Flat(group, params, [self._state(p, group) for p in params])
                 kept[key] = flat
         self._lost |= any(flat.blocks for key, flat in self._flats.items() if kept.get(key) is not flat)

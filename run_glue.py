@@ -1,8 +1,8 @@
-"""Fine-tune a model on a GLUE task with adaptive low-rank adapters, scored by the posterior.
+"""Fine-tune a model with low-rank adapters whose ranks are decided in training, by scores from a posterior.
 
     python run_glue.py --demo                                           # embedded model and data, a minute
     python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
-    python run_glue.py --task cola --optimizer adamw --score sensitivity            # AdaLoRA as published
+    python run_glue.py --task cola --optimizer adamw --score sensitivity      # AdaLoRA's optimizer and score
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders
     python run_glue.py --train_file train.csv --validation_file dev.csv       # data of your own
     python run_glue.py --task boolq --method lora --optimizer ivon           # a causal language model
@@ -61,7 +61,7 @@ def train(settings: Settings) -> None:
     # Begin, or resume
     batches, splits = batches_of(data, tokenizer, settings)
     longest = [split.batches[-1] for split in splits.values()]
-    encoder.check_works(model, settings.model, batches.longest(), longest)
+    encoder.check_forward_backward(model, settings.model, batches.longest(), longest)
 
     def evaluate() -> tuple[dict[str, dict], dict[str, Tensor], dict[str, float]]:
         sigma = prediction.sigma_by_name(model, optimizer)
@@ -75,7 +75,7 @@ def train(settings: Settings) -> None:
             print(f"the run in {settings.output_dir} is finished")
             return
 
-        # [C] Algorithm 1 (Chen and Garner; beside the paper's in docs/method.md)
+        # [C] Algorithm 1 (Chen and Garner; line by line in docs/method.md)
         for t in run.updates():
             lr = learning_rate(t, settings)
             for group in optimizer.param_groups:
@@ -159,7 +159,7 @@ def report(results: dict, settings: Settings) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     settings = Settings.from_command_line(argv, __doc__)
-    run_folder.check_free(settings)
+    run_folder.check_output_dir(settings)
     check_device(settings.device)
     with processes.joined(settings.device):
         train(settings)

@@ -21,12 +21,12 @@ from torch import Tensor
 
 
 def mu(mu: Tensor, sigma: Tensor | None = None) -> Tensor:
-    """|μ|, elementwise. σ is not needed and not looked at. Source: [C]."""
+    """|μ|, elementwise. σ is ignored. Source: [C]."""
     return mu.abs()
 
 
 def inv_sigma(mu: Tensor | None, sigma: Tensor) -> Tensor:
-    """1/σ, elementwise; +inf where σ = 0. μ is not looked at. Source: [C]."""
+    """1/σ, elementwise; +inf where σ = 0. μ is ignored. Source: [C]."""
     return sigma.reciprocal()
 
 
@@ -53,7 +53,7 @@ def snr_abs(mu: Tensor, sigma: Tensor) -> Tensor:
 
 
 def sensitivity(theta: Tensor, grad: Tensor) -> Tensor:
-    """I(θ) = |θ·∂L/∂θ|, elementwise: to first order the loss's change at θ = 0. Source: [A] eq. 8."""
+    """I(θ) = |θ·∂L/∂θ|, elementwise: to first order, how much setting θ to 0 changes the loss. [A] eq. 8."""
     return (theta * grad).abs()
 
 

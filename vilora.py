@@ -1,4 +1,4 @@
-"""Which triplets live: scores + budget + posterior, for all adapters of a model at once.
+"""Which triplets are kept: scores + budget + posterior, for all adapters of a model at once.
 
     allocator = RankAllocator(layers, CubicBudget(...), score="mu", optimizer=optimizer)
     for t in range(1, T + 1):
@@ -19,7 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from adalora import SVDLinear, check_state_can_be_cut, take_out
+from adalora import SVDLinear, check_state_is_prunable, remove_triplets
 from budget import CubicBudget, keep_top
 from scores import SCORES, SensitivityEMA
 
@@ -27,9 +27,9 @@ PARTS = ("P", "lam", "Q")
 
 
 class Posterior(Protocol):
-    """What makes a torch optimizer one with a posterior N(μ, σ²) over its parameters.
+    """A torch optimizer with a posterior N(μ, σ²) over its parameters.
 
-    If it has `sigmas(params)`, a list of σ in few operations, that is called instead of `sigma` one by one.
+    If it has `sigmas(params)`, a list of σ in few operations, that replaces a call of `sigma` per parameter.
     """
 
     def sigma(self, param: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class RankAllocator:
     Args:
         layers: SVD adapters by name, as `inject` returns them.
         score: a name in SCORES.
-        optimizer: any torch optimizer over P, λ and Q; a score that needs σ wants a `Posterior`.
+        optimizer: any torch optimizer over P, λ and Q; a score that needs σ needs a `Posterior`.
         beta1, beta2: of the smoothed sensitivity.
         track: at each allocation set `tracked` to a dict of its "step" and "budget", the "scores" before
             pruning (every computable one, by name) and "sigma_cv", σ's coefficient of variation.
@@ -63,15 +63,15 @@ class RankAllocator:
         optimizer: torch.optim.Optimizer, beta1: float = 0.85, beta2: float = 0.85, track: bool = False,
     ):  # fmt: skip
         if other := [name for name, layer in layers.items() if not isinstance(layer, SVDLinear)]:
-            raise ValueError(f"{other[0]} has no triplets: RankAllocator wants adapters of kind='svd'")
+            raise ValueError(f"{other[0]} has no triplets: RankAllocator needs adapters of kind='svd'")
         if score not in SCORES:
-            raise ValueError(f"there is no score called {score}; there are {', '.join(SCORES)}")
+            raise ValueError(f"there is no score called {score}: choose from {', '.join(SCORES)}")
         computable = [name for name in SCORES if SCORES[name].needs != "sigma" or hasattr(optimizer, "sigma")]
         if score not in computable:
             raise ValueError(f"the score {score} needs σ, so an optimizer that has a posterior, such as IVON")
         if budget.initial > (triplets := sum(layer.rank for layer in layers.values())):
             raise ValueError(f"the budget starts at {budget.initial} triplets; the adapters have {triplets}")
-        check_state_can_be_cut(layers, optimizer)
+        check_state_is_prunable(layers, optimizer)
         self.layers, self.budget, self.score, self.optimizer = layers, budget, score, optimizer
         self.track = computable if track else []
         self.tracked: dict | None = None
@@ -81,7 +81,7 @@ class RankAllocator:
 
     @torch.no_grad()
     def step(self, t: int) -> None:
-        """After the optimizer's step of update t (counted from 1), while `p.grad` is still there."""
+        """Call after the optimizer's step of update t (from 1), before gradients are cleared."""
         if self.smoothing and t <= self.budget.last_allocation:
             for key, layers in self._by_shape().items():
                 for part in PARTS:
@@ -96,11 +96,11 @@ class RankAllocator:
             self.kept = dict(zip(self.layers, kept, strict=True))
             torch._foreach_mul_(lam, kept)  # the others' λ ← 0
         if t == self.budget.last_allocation:
-            take_out(self.layers, self.kept, self.optimizer)
+            remove_triplets(self.layers, self.kept, self.optimizer)
 
     @torch.no_grad()
     def scores(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Every triplet's score now, (n,) by name of the score; triplets in the order of the adapters.
+        """Each named score of all triplets, (n,), in the order of the adapters.
 
         KeyError for `sensitivity` before the first `step`, and after the last allocation.
         """

@@ -6,7 +6,7 @@
 
 Prints the seconds of three ways (the median of --repeats, in turns, on an idle machine): that one; the same
 batches with DeBERTa's relative positions narrowed (other models have none); and, as a run evaluates, batches
-of like length besides. Then the first one's ratio to the last, and how far their predictions differ.
+of similar length besides. Then the first one's ratio to the last, and how far their predictions differ.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
     ways = {
         "batches of 8 in file order": (model, plain),
         "relative positions narrowed": (narrowed, plain),
-        "and batches of 128 of like length": (narrowed, evaluation_split(features, labels, collate, 128)),
+        "and batches of 128 of similar length": (narrowed, evaluation_split(features, labels, collate, 128)),
     }
     seconds, predictions = {name: [] for name in ways}, {}
     for _ in range(args.repeats):

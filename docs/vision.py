@@ -1,9 +1,9 @@
 # %% [markdown]
-# # Not text: a vision transformer
+# # Beyond text: a vision transformer
 #
 # A small ViT learns to tell four filled shapes apart. Then the same shapes come as dark outlines, which it
-# has never seen. Adapters learn them while all its weights stay as they are, the head's included; |μ| decides
-# how many triplets each map keeps. For comparison, the head alone is trained on outlines, too.
+# has never seen. Adapters learn them with all its weights frozen, the head's included; |μ| decides how many
+# triplets each map keeps. For comparison, the head alone is trained on outlines, too.
 # Run it in cells, or as a script: `python docs/vision.py`. It takes half a minute on one core.
 
 # %%

@@ -2,9 +2,9 @@
 # # From σ to scores to pruning, on one toy map
 #
 # The target is a rank-2 matrix. An adapter of rank 6 learns it with IVON, whose posterior has a σ for
-# each entry; the scores turn μ and σ into one number a triplet, and the budget takes four of the six away.
-# Run it in cells, or as a script: `python docs/walkthrough.py FOLDER`. It writes two pictures there, or
-# beside itself.
+# each entry; the scores turn μ and σ into one number per triplet, and the budget removes four of the six.
+# Run it in cells, or as a script: `python docs/walkthrough.py [FOLDER]`. It writes two pictures to the folder
+# (default: its own).
 
 # %%
 import sys
@@ -42,8 +42,8 @@ print("what a fresh adapter adds:", layer.delta().abs().max().item())
 
 # %% [markdown]
 # ## The posterior
-# Before training σ = 1/√(ess·(h0 + δ)) for every entry. `sampled_params` puts a draw in the parameters' place
-# and brings the mean back, bit for bit.
+# Before training σ = 1/√(ess·(h0 + δ)) for every entry. `sampled_params` replaces the parameters with a draw,
+# then restores the mean, bit for bit.
 
 # %%
 params = [p for p in model.parameters() if p.requires_grad]
@@ -62,7 +62,7 @@ print("the mean is back:", torch.equal(layer.Q, mean))
 # %%
 budget = CubicBudget(rank, keep, total_steps=T, warmup_steps=300, final_steps=500, interval=50)
 allocator = RankAllocator(layers, budget, "snr", optimizer)
-course, ranks = [], []
+history, ranks = [], []
 for t in range(1, T + 1):
     x = torch.randn(64, d)
     with optimizer.sampled_params(train=True):
@@ -74,7 +74,7 @@ for t in range(1, T + 1):
         scores = allocator.scores([name for name in SCORES if SCORES[name].needs in ("nothing", "sigma")])
         sigma = {name: optimizer.sigma(getattr(layer, name)).flatten() for name in ("P", "lam", "Q")}
     if layer.rank == rank:
-        course.append(layer.lam.detach().abs().clone())
+        history.append(layer.lam.detach().abs().clone())
     allocator.step(t)
     optimizer.zero_grad()
     ranks.append(allocator.ranks()["0"])
@@ -91,7 +91,7 @@ for name, S in scores.items():
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(9, 3), layout="constrained")
-axes[0].plot(torch.stack(course))
+axes[0].plot(torch.stack(history))
 axes[0].set(xlabel="update", ylabel="abs(λ), each triplet", title="six singular values")
 axes[1].step(range(1, T + 1), ranks)
 axes[1].step(range(1, T + 1), [budget(t) for t in range(1, T + 1)], linestyle=":")

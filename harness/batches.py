@@ -72,7 +72,7 @@ def cut_prompt(
 
 
 def encoded(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids without the end token that some tokenizers add: the answer comes there."""
+    """Token ids without the end token that some tokenizers add, where the answer belongs."""
     found, ends = tokenizer(prompts)["input_ids"], (tokenizer.eos_token_id, tokenizer.sep_token_id)
     for ids in found:
         while ids and ids[-1] in ends:
@@ -81,7 +81,7 @@ def encoded(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
 
 
 class Split(NamedTuple):
-    """Examples to predict: batches of like length, where in them each example is, and the labels (n,)."""
+    """Examples to predict: batches of similar length, each example's place in them (n,), the labels (n,)."""
 
     batches: list[Mapping[str, Tensor]]
     position: Tensor
@@ -100,24 +100,24 @@ class Batches:
 
     def __init__(self, features: list[dict], labels: Tensor, collate: Callable, settings: Settings):
         self.features, self.labels, self.collate, self.device = features, labels, collate, settings.device
-        # On a GPU without waiting for its queue. On MPS such a copy may read memory that is free again.
+        # Without waiting, on CUDA alone: on MPS such a copy may read memory that is free again.
         self.copying = {"non_blocking": settings.device.startswith("cuda")}
         self.lengths = torch.tensor([len(example["input_ids"]) for example in features])
         self.micro, self.by_length, self.seed = settings.batch_size, settings.group_by_length, settings.seed
-        # Examples in an update; beyond the data's own number a large one would overflow.
+        # Examples in an update, at most all there are: a huge setting would overflow.
         self.size = min(settings.batch_size * settings.grad_accum * settings.processes, len(features))
         self.per_epoch = math.ceil(len(features) / self.size)
-        self.epochs: list[list[Tensor]] = []  # of the first epoch on; only the last is kept
+        self.epochs: list[list[Tensor]] = []  # all but the latest are empty
 
     def of_update(self, t: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor, float]]:
         """The micro-batches of update t, counted from 1: inputs, labels, share of the update's examples.
 
-        Of several processes each gets its own; the shares of all its micro-batches are then relative to the
-        average of the processes' gradients.
+        Each of several processes gets its own micro-batches; the shares are such that the processes' average
+        gradient is the mean over the update.
         """
         epoch, i = divmod(t - 1, self.per_epoch)
         batch = self._epoch(epoch)[i]
-        batch = batch[self.lengths[batch].argsort()]  # micro-batches of like length need less padding
+        batch = batch[self.lengths[batch].argsort()]  # micro-batches of similar length need less padding
         own = processes.own_share(batch)
         for micro in own.split(self.micro) if len(own) else ():
             inputs = self.collate([self.features[i] for i in micro])

@@ -34,7 +34,7 @@ def precision(base_dtype: str, device: str) -> dict:
 
 
 def pad_left(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """So that the last position is each prompt's own; with any token, as none attends to it."""
+    """Pad on the left, so that the last position is the prompt's. Any token will do: padding is masked."""
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
@@ -43,9 +43,9 @@ def pad_left(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
 
 
 def choice_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, name: str) -> list[int]:
-    """The token of each choice as it follows the prompt: with its space, unless that ends in white space.
+    """The token of each choice after the prompt: with its leading space, unless that ends in white space.
 
-    Raises UsageError unless each choice is a token, and none the same as another.
+    Raises UsageError unless each choice is a single token, and different from the others.
     """
     before, space = ("\n", "") if task.prompt[-1].isspace() else (":", " ")
     texts = [before, *(before + space + choice for choice in task.choices)]
@@ -54,8 +54,8 @@ def choice_tokens(tokenizer: PreTrainedTokenizerBase, task: Task, name: str) -> 
     for choice, whole in zip(task.choices, wholes, strict=True):
         single = len(whole) == len(head) + 1 and whole[:-1] == head and whole[-1] != tokenizer.unk_token_id
         if not single or not choice.strip() or tokens.count(whole[-1]) > 1:
-            what = f"{choice!r}, after a prompt that ends in {task.prompt[-1]!r}, is not a token of its own"
-            raise UsageError(f"--model {name}: {what}, as a choice must be (--choices, for your own data)")
+            what = f"{choice!r}, after a prompt that ends in {task.prompt[-1]!r}, is not a single token"
+            raise UsageError(f"--model {name}: {what} unlike the others (--choices, for your own data)")
     return tokens
 
 

@@ -43,7 +43,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase,
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     name, own = settings.model, {"trust_remote_code": False}
-    _check_place(name)
+    _check_checkpoint(name)
     try:
         config = transformers.AutoConfig.from_pretrained(name, **own)
         choosing = not causal.CLASSES.isdisjoint(config.architectures or ())
@@ -68,7 +68,7 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase,
         raise UsageError(f"--model {name} lacks weights: {absent[0]} is missing or misshapen")
     highest, weights = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if highest >= weights:
-        raise UsageError(f"--model {name}: the tokenizer has a token {highest}, the model embeds {weights}")
+        raise UsageError(f"--model {name}: the tokenizer has token {highest}, the model only {weights}")
     if choosing:
         causal.answer_by_choosing(model, causal.choice_tokens(tokenizer, task, name))
         causal.pad_left(tokenizer, name)
@@ -81,7 +81,7 @@ def check_can_do(settings: Settings, task: Task, choosing: bool) -> None:
     """Raise UsageError for a task that an encoder, or a causal language model, cannot do."""
     s = settings
     if choosing and not task.prompt:
-        what = "has no prompt: give --prompt" if task.labels else "gives numbers: use an encoder"
+        what = "has no prompt: give --prompt" if task.labels else "is a regression: use an encoder"
         raise UsageError(f"--model {s.model} is a causal language model, and {task.name} {what}")
     if not choosing and not task.text:
         raise UsageError(f"--model {s.model} is an encoder: {task.name} needs a causal language model")
@@ -91,7 +91,7 @@ def check_can_do(settings: Settings, task: Task, choosing: bool) -> None:
         raise UsageError(f"--base_dtype {s.base_dtype} is for adapters in a causal language model")
 
 
-def _check_place(name: str) -> None:
+def _check_checkpoint(name: str) -> None:
     if Path(name).is_dir():
         for what, patterns in CHECKPOINT_FILES.items():
             if not any(any(Path(name).glob(pattern)) for pattern in patterns):
@@ -128,7 +128,7 @@ def adapt(
         kind, flag = ("svd", "init_rank") if settings.method == "adalora" else ("lora", "target_rank")
         widest = max(min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
         if rank > widest:
-            raise UsageError(f"--{flag} {rank} is above {widest}, the most a map of this model has")
+            raise UsageError(f"--{flag} {rank} is above the largest possible rank, {widest}")
         try:
             layers = inject(model, settings.targets, rank, settings.alpha, settings.dropout, kind)
         except ValueError as error:
@@ -154,7 +154,7 @@ def adapt(
     return layers
 
 
-def check_works(
+def check_forward_backward(
     model: PreTrainedModel, name: str, train: BatchEncoding, evaluation: Iterable[BatchEncoding]
 ) -> None:
     """A forward pass over each batch, and a backward pass of the one to train on; nothing random happens.
@@ -191,9 +191,9 @@ def narrow_relative_positions(model: nn.Module) -> None:
     """Let DeBERTaV2's and V3's attention compute only with relative positions that occur.
 
     Transformers multiplies all tokens with the embeddings of all 2k buckets of distances, −k to k − 1 (in V3
-    k = 256), and then picks; with adapters on query and key all of that has a backward pass, too. But n
-    tokens are less than n apart: 2·min(n, k) buckets are enough. The result is the same but for which entries
-    dropout hits. Nothing happens to other models.
+    k = 256), and then selects; with adapters on query and key all of that has a backward pass, too. But n
+    tokens are less than n apart: 2·min(n, k) buckets are enough. Only which entries dropout zeroes changes.
+    Nothing happens to other models.
     """
     for module in model.modules():
         if not (hasattr(module, "disentangled_attention_bias") and module.relative_attention):

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, a folder's lock, checksums.
+"""Atomic writes, a folder's lock, checksums.
 
 Tensors are read from safetensors files, or by torch with `weights_only=True`: no code can hide in them.
 """
@@ -20,32 +20,32 @@ from harness.task import UsageError
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError in the block gets the path: that of a full disk has none."""
+def with_path(path: Path) -> Iterator[None]:
+    """Add the path to an OSError from the block: a full disk's has none."""
     try:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
-    """All of it or nothing: written beside, renamed into place."""
-    beside = path.with_name(path.name + ".new")
-    with naming(path):
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
+    """Write a temporary file, then rename it."""
+    temporary = path.with_name(path.name + ".new")
+    with with_path(path):
         try:
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(beside, path)
+            os.replace(temporary, path)
         except OSError:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 def write_json(path: Path, content: dict) -> None:
-    """`write_whole` of a JSON file; ValueError if a number in it is not finite."""
-    write_whole(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
+    """`write_atomically` of a JSON file; ValueError if a number in it is not finite."""
+    write_atomically(path, (json.dumps(content, indent=2, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> dict:
@@ -61,11 +61,11 @@ def read_json(path: Path) -> dict:
 
 def append(path: Path, records: list[dict]) -> None:
     """Add lines to a JSON-lines file."""
-    with naming(path), path.open("a") as file:
+    with with_path(path), path.open("a") as file:
         file.write("".join(json.dumps(record) + "\n" for record in records))
 
 
-def cut_records(path: Path, step: int) -> None:
+def truncate_records(path: Path, step: int) -> None:
     """Keep a JSON-lines file's records up to a step."""
     if path.exists():
         *lines, _half = path.read_text(errors="replace").split("\n")  # nothing, or what a kill has cut short
@@ -73,13 +73,13 @@ def cut_records(path: Path, step: int) -> None:
             kept = [line + "\n" for line in lines if json.loads(line)["step"] <= step]
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{path} is damaged: remove it, or start again with --overwrite") from None
-        write_whole(path, "".join(kept).encode())
+        write_atomically(path, "".join(kept).encode())
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """`write_whole` of a safetensors file."""
+    """`write_atomically` of a safetensors file."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, save(tensors, metadata))
+    write_atomically(path, save(tensors, metadata))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -100,7 +100,7 @@ def checksum(tensors: Iterable[Tensor]) -> str:
 
 
 def check_writable(path: Path, what: object) -> None:
-    """Raise UsageError, of `what`, unless a file can be written at the path, or its folder be made."""
+    """Raise UsageError, of `what`, unless a file can be written at the path, or its folder created."""
     there = next(parent for parent in path.absolute().parents if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)) or (path.exists() and not path.is_file()):
         raise UsageError(f"{what} cannot be written")
@@ -108,7 +108,7 @@ def check_writable(path: Path, what: object) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """For the length of the block no other process can lock the folder; UsageError if one has."""
+    """Lock the folder for the block. Raises UsageError if another process has locked it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""What GLUE is: its eight tasks, its files, and the papers' settings for each task.
+"""GLUE: its eight tasks, its files, and the papers' settings for each task.
 
     load_task("cola")                     # from the Hugging Face Hub
     load_task("cola", data_dir="glue")    # from a folder in GLUE's own layout: glue/CoLA/train.tsv, …
@@ -197,9 +197,9 @@ COLA_COLUMNS = ["source", "label", "star", "sentence"]  # its train.tsv and dev.
 
 
 def check_hub() -> None:
-    """Raise ConnectionError if the Hub does not answer within seconds; its own client goes on for minutes.
+    """Raise ConnectionError if the Hub does not answer within seconds; its own client retries for minutes.
 
-    Nothing is asked when HF_HUB_OFFLINE is set: then the local cache has to do.
+    Skipped if HF_HUB_OFFLINE is set: then only the local cache is used.
     """
     from huggingface_hub import constants, get_session
 
@@ -208,16 +208,16 @@ def check_hub() -> None:
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception as error:  # of the Hub's HTTP library, whichever that is
-        mend = "use --demo, or local folders with --model and --data_dir, or HF_HUB_OFFLINE=1 for the cache"
+        hint = "use --demo, or local folders with --model and --data_dir, or HF_HUB_OFFLINE=1 for the cache"
         hub = f"the Hugging Face Hub ({constants.ENDPOINT}) cannot be reached"
-        raise ConnectionError(f"{hub}: {error}; {mend}") from None
+        raise ConnectionError(f"{hub}: {error}; {hint}") from None
 
 
 def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict]:
     """The examples of one of GLUE's TSV files, in order. Raises UsageError as `load_task` does.
 
-    The files are not quoted: a quotation mark is a character like others. A byte-order mark, Windows line
-    ends and a missing last line end are all found in copies of GLUE.
+    The files are not quoted: a quotation mark is a character like any other. A byte-order mark, Windows line
+    ends and a missing last line end occur in copies of GLUE.
     """
     *text_columns, label_column = columns = FILE_COLUMNS[task]
     rows = _rows(path)
@@ -232,8 +232,8 @@ def read_examples(task: str, path: Path, labelled: bool = True) -> Iterator[dict
         if task == "qqp" and len(row) < len(header) and not numbers:
             continue  # GLUE's own file has a few rows with a line end in a question: no reader counts them
         if len(row) != len(header):
-            needs = f"{len(header)} belong ({', '.join(header)})"
-            raise UsageError(f"{path}:{line}: {len(row)} columns where {needs}")
+            needs = f"{len(header)} ({', '.join(header)})"
+            raise UsageError(f"{path}:{line}: {len(row)} columns, not {needs}")
         fields = dict(zip(header, row, strict=True))
         example = {name: fields[c] for name, c in zip(TASKS[task].text, text_columns, strict=True)}
         try:

@@ -119,6 +119,6 @@ def rank_rows(ranks: Mapping[str, float]) -> dict[str, dict[str, float]]:
 
 
 def rank_table(ranks: Mapping[str, float]) -> str:
-    """Ranks by adapter as text, a row a layer and a column a module."""
+    """Ranks by adapter as text: one row per layer, one column per module."""
     table = pd.DataFrame(rank_rows(ranks)).T.rename_axis("layer").reset_index()
     return table.to_string(index=False, na_rep="", float_format="{:g}".format)

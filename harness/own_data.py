@@ -36,7 +36,7 @@ def own_task(
     name: str, files: Mapping[str, Path | None], columns: list[str], labels: list[str], metric: str,
     size: int, prompt: str | None = None, choices: Collection[str] | None = None,
 ) -> Task:  # fmt: skip
-    """Of files by split; no labels stand for a regression. The settings are CoLA's.
+    """A task from files by split; no labels: a regression. The settings are CoLA's.
 
     prompt: with the files' own names of the text columns in braces.
     """
@@ -83,7 +83,7 @@ def check_prompt(
         raise UsageError(f"--choices: give {len(labels)} words, for the labels {order}")
     folded = [[word.casefold() for word in words] for words in (choices or labels, labels)]
     if folded[0] != folded[1] and sorted(folded[0]) == sorted(folded[1]):
-        raise UsageError(f"--choices {' '.join(choices)}: the labels' order is {order}")
+        raise UsageError(f"--choices {' '.join(choices)}: give them in the labels' order, {order}")
 
 
 def check_file(path: Path) -> None:
@@ -94,10 +94,10 @@ def check_file(path: Path) -> None:
 
 
 def describe(path: Path, columns: list[str] | None, regression: bool) -> tuple[list[str], list[str], int]:
-    """Of a training file: its columns, its labels' names in order ([]: a regression), how many examples.
+    """A training file's columns, its labels' names in order ([]: a regression), and how many examples it has.
 
-    The labels are numbers if each is one and any is not whole as it is written, or with `regression`;
-    otherwise they are names of classes. Raises UsageError.
+    The labels are numbers if all are numeric and at least one is not written as an integer, or with
+    `regression`; otherwise they are names of classes. Raises UsageError.
     """
     rows = list(read_rows(path))
     there = rows[0][1]
@@ -112,13 +112,13 @@ def describe(path: Path, columns: list[str] | None, regression: bool) -> tuple[l
                 raise UsageError(f"{path}:{row}: the label {shown(text)} is not a number, and others are")
     counts = Counter(labels.values())
     if len(counts) == 1:
-        raise UsageError(f"{path}: every example has the label {shown(*counts)}; there must be two or more")
+        raise UsageError(f"{path}: every example has the label {shown(*counts)}; two are needed")
     if regression:
         return columns, [], len(rows)
     for row, text in labels.items():
         if counts[text] == 1:
-            mend = "add others, take it out, or give --regression if labels are numbers"
-            raise UsageError(f"{path}:{row}: the only example with the label {shown(text)}: {mend}")
+            hint = "add others, take it out, or give --regression if labels are numbers"
+            raise UsageError(f"{path}:{row}: the only example with the label {shown(text)}: {hint}")
     return columns, sorted(counts, key=int if numbers else str), len(rows)
 
 
@@ -130,7 +130,7 @@ def load(
     from datasets import Dataset  # which takes seconds
 
     if data_dir and len({path.name for path in files.values()}) < len(files):
-        raise UsageError(f"--data_dir {data_dir}: two of the run's files have one name, and cannot be there")
+        raise UsageError(f"--data_dir {data_dir}: two of the run's files have the same name")
     loaded = {}
     for split in splits or files:
         path = Path(data_dir) / files[split].name if data_dir else files[split]
@@ -173,10 +173,10 @@ def has_label(value: Any, labels: list[str]) -> bool:
 def check_columns(path: Path, there: Collection[str], columns: list[str]) -> None:
     if missing := [name for name in columns if name not in there]:
         names = ", ".join(map(repr, there))[:200]
-        mend = "--columns names text and label"
+        hint = "name text and label by --columns"
         if len(there) == 1 and path.suffix.lower() in DIALECTS:
-            mend = "is it separated by commas (.csv) or tabs (.tsv)?"
-        raise UsageError(f"{path} has no column {missing[0]!r} but {names}; {mend}")
+            hint = "is it separated by commas (.csv) or tabs (.tsv)?"
+        raise UsageError(f"{path} has no column {missing[0]!r}, only {names}: {hint}")
 
 
 def label_text(path: Path, row: int, value: Any) -> str:
@@ -227,8 +227,8 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
             check_no_duplicates(path, 1, header)
             for fields in filter(None, reader):  # no blank lines
                 if len(fields) != len(header):
-                    needs = f"{len(header)} belong ({', '.join(header)[:200]})"
-                    raise UsageError(f"{path}:{reader.line_num}: {len(fields)} fields where {needs}")
+                    needs = f"{len(header)} ({', '.join(header)[:200]})"
+                    raise UsageError(f"{path}:{reader.line_num}: {len(fields)} fields, not {needs}")
                 yield reader.line_num, dict(zip(header, fields, strict=True))
         except csv.Error as error:
             raise UsageError(f"{path}:{reader.line_num}: {error}") from None

@@ -1,8 +1,7 @@
-"""Several processes that train one model, as torchrun starts them. Alone, nothing here does anything.
+"""Training one model in several processes under torchrun; with one process, nothing here does anything.
 
-Each process has all of the model and its share of every batch; what is averaged is the same in each of them
-to the last bit, and with it all that follows from it. An error is one line from the process that has it, and
-torchrun ends the others.
+Each process holds the whole model and its share of every batch. Averages, and all that follows from them, are
+the same in every process to the last bit. A process that fails prints one line, and torchrun ends the others.
 """
 
 import os

@@ -1,15 +1,14 @@
 """What a run has on disk: settings, records, best adapter, checkpoints; and resuming from them.
 
-    check_free(settings)                                   # before anything is loaded
+    check_output_dir(settings)                                   # before anything is loaded
     with Run(settings, model, objects, evaluate, checksums) as run:
         for t in run.updates():
             ...
             run.after_update(t, loss, lr, budget)          # record, evaluate, checkpoint, stop
         run.finish(...)
 
-A checkpoint is one file, `step-200-1c291ca3.pt`: its step and the CRC-32 of its bytes. It is written beside
-and renamed into place, and the one before it is kept. So a process may be killed at any moment, and one file
-be damaged, without the run being lost.
+A checkpoint is one file, `step-200-1c291ca3.pt`: its step and the CRC-32 of its bytes. It is written
+atomically, and the one before it is kept: neither a kill nor a damaged file loses the run.
 """
 
 import contextlib
@@ -76,7 +75,7 @@ class Run:
             if self.first:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(files.locked(self.folder))
-            check_free(self.settings)  # once more, alone with it
+            check_output_dir(self.settings)  # again, now with the lock
             self._begin_or_resume()
             if processes.count() == 1:  # under torchrun a signal ends the run
                 for which in (signal.SIGINT, signal.SIGTERM):
@@ -169,8 +168,8 @@ class Run:
             return
         if state:
             for name in RECORDS:
-                files.cut_records(folder / name, self.progress["step"])
-        files.write_json(folder / "next.json", self.config)  # on a full disk another run stays whole
+                files.truncate_records(folder / name, self.progress["step"])
+        files.write_json(folder / "next.json", self.config)  # if the disk is full, the old run stays intact
         if not state:
             for name in ("results.json", "config.json", *EVALUATION, *RECORDS, ADAPTER, POSTERIOR):
                 (folder / name).unlink(missing_ok=True)
@@ -205,7 +204,7 @@ class Run:
 
     def _check_finite(self, t: int) -> None:
         """Everything that a checkpoint or the best adapter would have in it."""
-        tensors = [(f"the parameter {name}", p) for name, p in trained(self.model).items()]
+        tensors = [(f"the parameter {name}", p) for name, p in trained_parameters(self.model).items()]
         for name, thing in self.objects.items():
             leaves = filter(torch.is_tensor, tree_leaves(thing.state_dict()))
             tensors += [(f"a tensor of the {name}", x) for x in leaves]
@@ -239,7 +238,7 @@ class Run:
             files.append(self.folder / "metrics.jsonl", lines)
             if better:
                 (self.folder / "adapter").mkdir(exist_ok=True)
-                for name, tensors in ((ADAPTER, trained(self.model)), (POSTERIOR, sigma)):
+                for name, tensors in ((ADAPTER, trained_parameters(self.model)), (POSTERIOR, sigma)):
                     if tensors:
                         files.write_tensors(self.folder / name, tensors, scale(self.settings))
 
@@ -249,7 +248,7 @@ class Run:
         files.append(self.folder / "score_agreement.jsonl", [line | score_agreement(arrays, budget)])
 
     def _save(self) -> None:
-        state = {"progress": self.progress, "model": trained(self.model)}
+        state = {"progress": self.progress, "model": trained_parameters(self.model)}
         state["objects"] = {name: thing.state_dict() for name, thing in self.objects.items()}
         state["random"] = processes.from_all(random_states(self.model.device))
         if self.first:
@@ -259,7 +258,7 @@ class Run:
 # ---- the folder ----------------------------------------------------------------------------------------
 
 
-def check_free(settings: Settings) -> None:
+def check_output_dir(settings: Settings) -> None:
     """Raise UsageError if a run in the output folder would be lost, or the folder cannot be written."""
     folder = settings.output_dir
     if (folder / "config.json").exists() and not (settings.overwrite or settings.resume):
@@ -276,7 +275,7 @@ def is_finished(folder: Path) -> bool:
 def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     """Raise UsageError for the first setting or checksum that differs from the run's in the folder.
 
-    What decides which weights and tokens a run has comes before their checksums.
+    Settings that decide weights and tokens are compared before their checksums.
     """
     own = settings["train_file"] is not None
     data = "a file of --train_file or --validation_file" if own else "--data_dir"
@@ -292,9 +291,9 @@ def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
         if name == "device":  # any GPU is as good
             now, then = (str(device).split(":")[0] for device in (now, then))
         if now != then and name in other:
-            raise UsageError(f"{other[name]} than the run in {folder} had")
+            raise UsageError(f"{other[name]} than the run in {folder}")
         if now != then:
-            raise UsageError(f"{said[name]} is {now}, but was {then} for the run in {folder}: give the same")
+            raise UsageError(f"{said[name]} is {now}, but was {then} for the run in {folder}: use the same")
 
 
 def provenance(device: torch.device) -> dict:
@@ -330,12 +329,12 @@ def checkpoints(folder: Path) -> dict[Path, int]:
 
 
 def save_checkpoint(folder: Path, step: int, state: dict) -> None:
-    """Write a checkpoint and remove the others, but for the one of the latest step before."""
+    """Write a checkpoint; remove the others but for the one before."""
     folder.mkdir(exist_ok=True)
     buffer = io.BytesIO()
     torch.save(state, buffer)
     path = folder / f"step-{step}-{zlib.crc32(buffer.getbuffer()):08x}.pt"
-    files.write_whole(path, buffer.getbuffer())
+    files.write_atomically(path, buffer.getbuffer())
     earlier = [other for other, s in checkpoints(folder).items() if s < step]
     for other in {*folder.glob("step-*")} - {path, *earlier[:1]}:
         other.unlink()
@@ -356,8 +355,8 @@ def load_checkpoint(folder: Path) -> dict | None:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         damaged.append(str(path))
     if damaged:
-        mend = "there is no earlier checkpoint: start again with --overwrite"
-        raise UsageError(f"{', '.join(damaged)}: damaged, and {mend}")
+        hint = "there is no earlier checkpoint: start again with --overwrite"
+        raise UsageError(f"{', '.join(damaged)}: damaged, and {hint}")
     return None
 
 
@@ -376,7 +375,7 @@ def set_random_states(states: list[Tensor], device: torch.device) -> None:
 # ---- adapters ------------------------------------------------------------------------------------------
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
+def trained_parameters(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -401,7 +400,7 @@ def load_adapter(folder: Path, model: nn.Module, settings: Settings) -> dict[str
         if metadata != scale(settings):
             raise RuntimeError("it has another scale")
         model.load_state_dict(tensors, strict=False)
-        kinds = {name: (p.shape, torch.float32) for name, p in trained(model).items()}
+        kinds = {name: (p.shape, torch.float32) for name, p in trained_parameters(model).items()}
         for found in (tensors, sigma or tensors):
             if kinds != {name: (x.shape, x.dtype) for name, x in found.items() if x.isfinite().all()}:
                 raise RuntimeError("something in it is missing, misshapen or not a finite float32")

@@ -26,7 +26,7 @@ OPTIMIZERS = {"ivon": True, "adamw": False}  # by name, whether it has a posteri
 TASKS: dict[str, Task] = {**glue.TASKS, **choice.TASKS}
 DEMOS = {"cola": glue.DEMO, "boolq": choice.DEMO}
 METHODS = ("adalora", "lora", "full")
-USUAL = {"batch_size": 32, "eval_batch_size": 128, "eval_samples": 0, "target_rank": 2.0, "dropout": 0.0}
+DEFAULTS = {"batch_size": 32, "eval_batch_size": 128, "eval_samples": 0, "target_rank": 2.0, "dropout": 0.0}
 
 # Roles. All but the last have to be the same in a run that is resumed.
 IDENTITY = "identity"  # decides the result: a row of the table
@@ -95,8 +95,8 @@ class Settings:
     optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
     model: str | None = run(None, NOTHING, None, "a Hub name or a local checkpoint folder (the papers')")
     data_dir: Path | None = run(None, NOTHING, Path, "folder with the data sets' own files (the Hub's copy)")
-    holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to evaluate on, not on validation")
-    holdout_seed: int = run(0, SHAPE, any_seed, "of that split")
+    holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to hold out, and to evaluate on")
+    holdout_seed: int = run(0, SHAPE, any_seed, "seed of that split")
     demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
     seed: int = run(2021, IDENTITY, any_seed, "of everything random")
     epochs: float | None = run(None, NOTHING, positive, "set by the task, like every flag without a default")
@@ -106,7 +106,7 @@ class Settings:
     total_steps: int | None = derived(None, SHAPE)
     batch_size: int | None = run(None, SHAPE, count, "examples in a forward pass")
     grad_accum: int = run(1, SHAPE, count, "forward passes in an update")
-    group_by_length: bool = run(False, SHAPE, None, "batches of examples of like length: less padding")
+    group_by_length: bool = run(False, SHAPE, None, "batches of examples of similar length: less padding")
     max_length: int | None = run(None, SHAPE, whole(4), "tokens")
     rescale_lr: bool | None = ivon(None, IDENTITY, None, "α is lr·(h0 + δ), else lr", action=YES_OR_NO)
     lr: float | None = run(None, IDENTITY, positive, "peak: one warm-up, one linear decay")
@@ -116,7 +116,7 @@ class Settings:
     hess_init: float | None = ivon(None, IDENTITY, positive, "h0 (1; LoRA 1e-4)")
     beta2: float | None = ivon(None, IDENTITY, Number(0, 1), "(0.99999; LoRA 0.999; at 1, h stays h0)")
     clip_radius: float | None = ivon(None, IDENTITY, positive, "ξ (0.001)")
-    target_rank: float | None = adapters(None, IDENTITY, from_0, "average rank kept, or fraction")
+    target_rank: float | None = adapters(None, IDENTITY, from_0, "average rank kept; may be fractional")
     targets: list[str] | None = adapters(None, IDENTITY, None, TARGETS_HELP, nargs="+", metavar="NAME")
     alpha: float | None = adapters(None, IDENTITY, positive, "scale: alpha / rank at the start")
     dropout: float | None = adapters(None, IDENTITY, Number(0, 0.999), "of the adapters' input")
@@ -128,7 +128,7 @@ class Settings:
     tfinal: int | None = adalora(None, IDENTITY, whole(0), "t_f, updates with the final pattern")
     delta_t: int | None = adalora(None, IDENTITY, count, "ΔT, updates between two allocations")
     track_scores: bool = adalora(False, NUMERICS, None, "record how far the scores agree, at each allocation")
-    eval_every: int | None = evaluation(None, SHAPE, count, "updates")
+    eval_every: int | None = evaluation(None, SHAPE, count, "updates between two evaluations")
     eval_batch_size: int | None = evaluation(None, NUMERICS, count, "examples in a forward pass")
     eval_samples: int | None = evaluation(None, NUMERICS, few(0), "draws to average over (0: none)")
     temperature: float | None = evaluation(None, NUMERICS, from_0, "τ: draw with variance τσ² (1)")
@@ -138,9 +138,9 @@ class Settings:
     columns: list[str] | None = own(None, NUMERICS, None, COLUMNS_HELP, nargs="+", metavar="NAME")
     prompt: str | None = own(None, IDENTITY, None, PROMPT_HELP)
     choices: list[str] | None = own(None, IDENTITY, None, CHOICES_HELP, nargs="+", metavar="WORD")
-    regression: bool = own(False, NUMERICS, None, "labels are numbers (so they are if any is not whole)")
+    regression: bool = own(False, NUMERICS, None, "treat labels as numbers, even if all are whole")
     metric: str | None = own(None, SHAPE, None, METRIC_HELP, choices=sum(own_data.METRICS.values(), ()))
-    name: str | None = own(None, NOTHING, None, "of the task and output folder (the training file's)")
+    name: str | None = own(None, NOTHING, None, "of the task and its output folder (the training file's)")
     device: str | None = machine(None, NUMERICS, None, "cpu, cuda, cuda:1, mps, … (cuda if there is one)")
     bf16: bool = machine(False, NUMERICS, None, "the frozen backbone's products in bfloat16")
     base_dtype: str = machine("float32", IDENTITY, None, BASE_HELP, choices=BASE_DTYPES)
@@ -174,7 +174,7 @@ class Settings:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Settings":
-        """Of a run's config.json; what is not a setting is passed over."""
+        """Settings from a run's config.json; other keys are ignored."""
         values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         paths = [f.name for f in fields(cls) if Path in get_args(f.type)]
         return cls(**values | {name: Path(values[name]) for name in paths if values.get(name)})
@@ -193,9 +193,8 @@ class Settings:
                 raise UsageError(f"--{f.name} is for data of your own: give --train_file, or leave it out")
         if s.task is None:
             raise UsageError(f"--task is missing: one of {', '.join(TASKS)} (or --demo, or --train_file)")
-        usual = s.usual()
-        for name in ("batch_size", "eval_batch_size", "eval_samples"):
-            s = s if getattr(s, name) is not None else replace(s, **{name: usual[name]})
+        values = s.values()
+        s = replace(s, **{name: values[name] for name in ("batch_size", "eval_batch_size", "eval_samples")})
         if s.resume and s.overwrite:
             raise UsageError("--resume continues a run, --overwrite replaces it: leave one out")
         for f in fields(s):
@@ -247,16 +246,17 @@ class Settings:
         found = {"task": name, "name": name, "columns": columns, "labels": labels, "metric": metric}
         return replace(s, **found, regression=not labels, train_size=size)
 
-    def usual(self) -> dict[str, Any]:
-        """What the task has where nothing is given."""
-        return {**USUAL, **task_of(self).settings(self.method, self.optimizer)}
+    def values(self) -> dict[str, Any]:
+        """The task's published settings, replaced by those that are given."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return {**DEFAULTS, **task_of(self).settings(self.method, self.optimizer), **given}
 
     def with_ranks(self) -> "Settings":
         if self.method == "full":
             return self
-        usual = self.usual()
-        target = usual["target_rank"] if self.target_rank is None else self.target_rank
-        ranks = {"target_rank": target, "dropout": usual["dropout"] if self.dropout is None else self.dropout}
+        values = self.values()
+        ranks = {name: values[name] for name in ("target_rank", "dropout")}
+        target = ranks["target_rank"]
         if self.method == "lora":
             if target < 1 or target % 1:
                 raise UsageError(f"--target_rank {target:g}: with --method lora it is a whole number from 1")
@@ -278,8 +278,7 @@ class Settings:
         A run that is longer or shorter than the published one has its t_i, t_f, ΔT and the phases of its
         learning rate scaled with it, unless they were given. Raises UsageError for a schedule that cannot be.
         """
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        values = {**self.usual(), **given}
+        values = self.values()
         per_epoch = math.ceil(train_size / (values["batch_size"] * self.grad_accum * self.processes))
         T = values.get("max_steps") if self.epochs is None or self.max_steps else None
         T = T or math.ceil(values["epochs"] * per_epoch)

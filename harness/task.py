@@ -25,8 +25,8 @@ class Task:
     """A data set with texts and a label, and how a model is trained on it and judged.
 
     load: (data_dir or None, names of splits or None) → the splits by name, a datasets.Dataset each, with the
-        columns `text` and `cut`, "label" (class index, or for regression a float; none is −1, or NaN in the
-        user's own numbers) and "idx"; "options", if some examples have only the first so many of `choices`.
+        columns `text` and `cut`, "label" (class index, or for regression a float; missing: −1, or NaN in the
+        user's own numbers) and "idx"; "options", if some examples have only the first n of `choices`.
     text: the columns that an encoder reads, one or two; none if only a causal language model can do the task.
     labels: class names in the order of their indices; none for regression.
     metrics: (predictions (n,), labels (n,)) → numbers by name, among them `metric`, which decides.
@@ -92,7 +92,7 @@ def hold_out(task: Task, share: float, seed: int) -> Task:
             train = data["train"]
             held = held_out_mask(np.asarray(train["label"]), share, seed)
             if not held.any():
-                raise UsageError(f"--holdout {share:g} of {len(train)} examples is not a whole one")
+                raise UsageError(f"--holdout {share:g} of {len(train)} examples is less than one: give more")
             data |= {"train": train.select((~held).nonzero()[0]), "holdout": train.select(held.nonzero()[0])}
         return {name: data[name] for name in splits or data}
 

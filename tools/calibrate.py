@@ -1,4 +1,4 @@
-"""What a posterior's draws have to be better than: calibration that costs next to nothing.
+"""Cheap calibration baselines for a posterior's draws.
 
 [G] Guo et al., "On Calibration of Modern Neural Networks", ICML 2017 (temperature scaling).
 [D] Gal and Ghahramani, "Dropout as a Bayesian Approximation", ICML 2016 (MC dropout).
@@ -40,7 +40,7 @@ def fitted(
     model: nn.Module, layers: Mapping[str, nn.Module], sigma: Mapping[str, Tensor], split: Split,
     samples: int, seed: int,
 ) -> Iterator[Predictor]:  # fmt: skip
-    """The rivals, each fitted by its NLL on `split`. The last rewrites the adapters: use each in its turn."""
+    """The baselines, each fitted by its NLL on `split`. The last rewrites the adapters: use each in turn."""
     mean = predict(model, split)
     T = fit_scaling(mean, split.labels)
     yield Predictor("temperature scaling", 0, T, lambda of: scaled(predict(model, of), T))
@@ -54,8 +54,8 @@ def fitted(
         share = min(SHARES, key=lambda share: nll(predict_pruned(model, split, own, share), split.labels))
         yield Predictor("pruned", 0, share, lambda of: predict_pruned(model, of, own, share))
     if layers:
-        unit = training_free(layers)
-        q = fit_training_free(model, split, unit, TFB_TOLERANCE * nll(mean, split.labels), samples, seed)
+        unit = prepare_tfb_(layers)
+        q = fit_tfb(model, split, unit, TFB_TOLERANCE * nll(mean, split.labels), samples, seed)
         draws = partial(predict_from_draws, model, sigma=unit, samples=samples, temperature=q**2, seed=seed)
         yield Predictor("TFB", samples, q, draws)
 
@@ -86,10 +86,11 @@ def dropout_average(model: nn.Module, split: Split, passes: int, seed: int) -> T
 
 
 @torch.no_grad()
-def training_free(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Write each adapter's product as U·diag(d)·A' by an SVD of its left factor, ΔW being the same; return
-    1/d_i for the entries of row i of A', by parameter name (0 where d_i is). σ_q times that is σ; all else
-    has none.
+def prepare_tfb_(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Rewrite each adapter's product as U·diag(d)·A' by an SVD of its left factor; ΔW is unchanged.
+
+    Returns, by parameter name, 1/d_i for the entries of row i of A' (0 if d_i is 0). TFB's σ is σ_q times
+    that; other parameters have none.
     """
     sigma = {}
     for name, layer in layers.items():
@@ -107,7 +108,7 @@ def training_free(layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     return sigma
 
 
-def fit_training_free(
+def fit_tfb(
     model: nn.Module, split: Split, unit: Mapping[str, Tensor], most: float, samples: int, seed: int
 ) -> float:
     """The largest σ_q, by bisection, at which the NLL averaged over draws is at most `most`. Source: [F]."""
@@ -121,7 +122,7 @@ def fit_training_free(
 
 
 def predict_pruned(model: nn.Module, split: Split, sigma: Mapping[str, Tensor], share: float) -> Tensor:
-    """`predict` with 0 for the share of the entries that have a σ with the smallest |μ|/σ."""
+    """`predict` with the share of entries of smallest |μ|/σ, among those that have a σ, set to 0."""
     parameters = {name: p.data for name, p in model.named_parameters() if name in sigma}
     before = {name: p.clone() for name, p in parameters.items()}
     ratios = torch.cat([(p.abs() / sigma[name]).flatten() for name, p in parameters.items()])

@@ -1,4 +1,4 @@
-"""Rows of finished runs against each other: paired differences over seeds, and the word that they allow.
+"""Rows of finished runs against each other: paired differences over seeds, with a verdict.
 
 A row is a folder of runs and the name that they share without task and seed: "results/study/lora-ivon" for
 `results/study/cola/lora-ivon-s11` and so on. "…:HOW" is one of the ways to predict that tools.evaluate has
@@ -16,13 +16,13 @@ from scipy import stats
 from harness.task import UsageError
 from tools.finished import find_runs, read_evaluations, skip
 
-MEASURES = {"score": 100, "nll": 1, "ece": 100, "brier": 1}  # with what they are multiplied by
+MEASURES = {"score": 100, "nll": 1, "ece": 100, "brier": 1}  # and what they are multiplied by
 LOWER_IS_BETTER = ("nll", "ece", "brier")
 
 
 def read_measures(rows: list[str], split: str) -> pd.DataFrame:
-    """Of these rows and those beside them, a line a run and way to predict: row, with its folder, how, task,
-    seed, and MEASURES (NaN where a task has none). What cannot be read of these rows is named on stderr.
+    """Of all rows in these rows' folders, one line per run and way to predict: row (with its folder), how,
+    task, seed, MEASURES (NaN where a task has none). Of these rows, what cannot be read is named on stderr.
     """
     found, asked = [], {without_how(row) for row in rows}
     for folder in dict.fromkeys(Path(row).parent for row in rows):
@@ -59,7 +59,7 @@ def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[st
             raise UsageError(f"there is no row {name}; there are {', '.join(there)}")
         there, own = set(own["how"]), own[own["how"] == (how or "mean")]
         if own.empty:
-            raise UsageError(f"{name} was not evaluated by {how!r}, but by {', '.join(sorted(there))}")
+            raise UsageError(f"{name} has no evaluation {how!r}, only {', '.join(sorted(there))}")
         if own.duplicated(["seed", "task"]).any():
             raise UsageError(f"{row}: two of its runs have the same task and seed")
         return own.pivot(index="seed", columns="task", values=measure).dropna(axis=1, how="all")
@@ -80,7 +80,7 @@ def holm(p: Iterable[float]) -> np.ndarray:
 
 
 def compared(measures: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
-    """The first row against each of the others: mean difference, 95% t-interval, n, p, Holm's p, the word.
+    """The first row against each of the others: mean difference, 95% t-interval, n, p, Holm's p, verdict.
 
     Where all differences are the same there is nothing to estimate an error from: p is 1.
     """
@@ -99,8 +99,8 @@ def compared(measures: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
         raise UsageError("these rows have no two seeds in common")
     table["holm"] = holm(table["p"])
     lower = table["measure"].isin(LOWER_IS_BETTER)
-    word = np.where((table["difference"] < 0) == lower, "better", "worse")
-    table["word"] = np.where(table["holm"] < 0.05, word, "not distinguishable")
+    verdict = np.where((table["difference"] < 0) == lower, "better", "worse")
+    table["verdict"] = np.where(table["holm"] < 0.05, verdict, "not distinguishable")
     return table
 
 
@@ -109,12 +109,12 @@ def print_compare(rows: list[str], split: str) -> None:
     if len(rows) < 2:
         raise UsageError("give two rows or more: the first is compared with the others")
     table = compared(read_measures(rows, split), rows)
-    if len({Path(row).name for row in rows}) == len(set(rows)):  # no two are alike but for their folders
+    if len({Path(row).name for row in rows}) == len(set(rows)):  # unique without their folders
         table[["row", "against"]] = table[["row", "against"]].map(lambda row: Path(row).name)
-    print("| row | against | measure | task | difference [95%] | n | p | Holm's p | so it is |")
+    print("| row | against | measure | task | difference [95%] | n | p | Holm's p | verdict |")
     print("| --- " * 9 + "|")
     for line in table.itertuples():
         digits = 2 if MEASURES[line.measure] == 100 else 4
         interval = f"{line.difference:+.{digits}f} [{line.low:+.{digits}f}, {line.high:+.{digits}f}]"
         what = f"{line.row} | {line.against} | {line.measure} | {line.task} | {interval}"
-        print(f"| {what} | {line.n} | {line.p:.2g} | {line.holm:.2g} | {line.word} |")
+        print(f"| {what} | {line.n} | {line.p:.2g} | {line.holm:.2g} | {line.verdict} |")

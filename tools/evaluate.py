@@ -3,7 +3,7 @@
     python -m tools.evaluate runs/RUN                                            # at the mean
     python -m tools.evaluate runs/RUN --eval_samples 10 --temperature 0 0.5 1    # also from its posterior
     python -m tools.evaluate runs/RUN --split train --data_dir path/to/other/glue
-    python -m tools.evaluate runs/RUN --split validation --fit holdout           # beside tools/calibrate.py's
+    python -m tools.evaluate runs/RUN --split validation --fit holdout           # with tools/calibrate.py's
     python -m tools.evaluate runs/RUN --predict CoLA.tsv                         # for the test split
 
 Writes evaluation.json and predictions.safetensors into the run's folder, keeping what they hold of other
@@ -41,13 +41,15 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--eval_samples", type=few(0), default=0, help="draws to average over (0: none)")
     parser.add_argument("--temperature", type=from_0, nargs="+", help="τ: draw with variance τσ² (1)")
     parser.add_argument("--split", help="of the data (the task's validation; for --predict its test)")
-    parser.add_argument("--fit", metavar="SPLIT", help="also what is fitted on (400 of) this split")
+    parser.add_argument("--fit", metavar="SPLIT", help="also cheap baselines, fitted on 400 examples of it")
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
-    parser.add_argument("--seed", type=any_seed, help="of the draws (as in the run, like all that follow)")
+    parser.add_argument("--seed", type=any_seed, help="of the draws (the run's)")
     parser.add_argument("--model", help="where the base model is now")
-    parser.add_argument("--data_dir", type=Path, help="a folder with the data sets' own files, or yours")
+    parser.add_argument(
+        "--data_dir", type=Path, help="a folder with the data sets' files, or yours (the run's)"
+    )
     parser.add_argument("--test_file", type=Path, help="of your own data, for a run with --train_file")
-    parser.add_argument("--eval_batch_size", type=whole(1))
+    parser.add_argument("--eval_batch_size", type=whole(1), help="examples in a forward pass (the run's)")
     parser.add_argument("--device", help="cpu, cuda, … (cuda if there is one)")
     return parser.parse_args(argv)
 
@@ -59,7 +61,7 @@ def check(args: Namespace, task: Task) -> list[str]:
     if args.eval_samples and not (args.run / POSTERIOR).exists():
         raise UsageError(f"--eval_samples needs a posterior, and {args.run} has none: IVON's runs have one")
     if args.predict and (args.fit or len(args.temperature or ()) > 1):
-        raise UsageError("--predict is for one --temperature, and not for --fit")
+        raise UsageError("--predict takes one --temperature, and no --fit")
     if args.fit and not task.labels:
         raise UsageError(f"--fit is for classes; {task.name} is a regression")
     if args.predict and not args.predict.absolute().parent.is_dir():
@@ -75,9 +77,7 @@ def check(args: Namespace, task: Task) -> list[str]:
         if name not in (None, *task.splits):
             raise UsageError(f"{flag} {name}: {task.name} has {', '.join(task.splits)}")
     if args.fit in names:
-        raise UsageError(
-            f"--fit {args.fit}: what is judged on it would be fitted on it; give another --split"
-        )
+        raise UsageError(f"--fit {args.fit} is the split to evaluate: give another one")
     return names
 
 
@@ -145,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def lacks_labels(labels: Tensor) -> bool:
-    """Class −1 stands for none; of numbers NaN does, and in GLUE's test split −1."""
+    """A missing class is −1; a missing number NaN, or −1 throughout (GLUE's test split)."""
     if labels.is_floating_point():
         return bool(labels.isnan().any() or (labels == -1).all())
     return bool((labels < 0).any())
@@ -176,7 +176,7 @@ def write_submission(path: Path, index: Sequence[int], predictions: Tensor, task
         table["prediction"] = [task.written[i] for i in predictions.argmax(-1)]
         names = [f"p({label})" if label in table else label for label in task.labels]
         table |= dict(zip(names, predictions.T.tolist(), strict=True))
-    files.write_whole(path, pd.DataFrame(table).to_csv(sep="\t", index=False).encode())
+    files.write_atomically(path, pd.DataFrame(table).to_csv(sep="\t", index=False).encode())
 
 
 if __name__ == "__main__":

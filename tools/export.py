@@ -27,8 +27,8 @@ PEFT_EPSILON = 1e-5  # PEFT divides by rank + this
 
 
 def write_merged(folder: Path, model: PreTrainedModel, layers: dict[str, nn.Module]) -> None:
-    """W + s·PΛQ (or s·BA) as the maps' own weights, and the adapters gone. Changes the model."""
-    model.float()  # of a base in bfloat16 the sum would lose the adapter's last digits
+    """Merge W + s·PΛQ (or s·BA) into the maps' weights, and save. Changes the model."""
+    model.float()  # in bfloat16 the sum would lose the adapter's last digits
     for name, layer in layers.items():
         layer.base.weight.data += layer.delta().detach()
         parent, _, child = name.rpartition(".")
@@ -61,7 +61,7 @@ def write_peft(folder: Path, model: nn.Module, layers: dict[str, nn.Module], set
         "inference_mode": True,
     }
     if settings.method == "adalora":
-        # PEFT wants a schedule to load an adapter, though it is trained.
+        # PEFT needs a schedule even to load a trained adapter.
         schedule = {"total_step": 1, "tinit": 0, "tfinal": 0}
         config |= {"peft_type": "ADALORA", "init_r": r, "rank_pattern": pattern, **schedule}
     else:
@@ -75,18 +75,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     parser.add_argument("form", choices=["peft", "merged"])
     parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("folder", type=Path, help="what to write; must not be there yet")
+    parser.add_argument("folder", type=Path, help="what to write: a new or empty folder")
     parser.add_argument("--model", help="the base model, if it is not where the run had it")
     args = parser.parse_args(argv)
     run = read_run(args.run)
     settings = evaluation_settings(run, device="cpu", model=args.model)
     if args.form == "peft" and settings.method == "full":
-        mend = f"python -m tools.export merged {args.run} …"
-        raise UsageError(f"{args.run} is fully fine-tuned and has no adapter: {mend}")
+        hint = f"python -m tools.export merged {args.run} …"
+        raise UsageError(f"{args.run} is fully fine-tuned and has no adapter: {hint}")
     if args.form == "merged" and settings.base_dtype == "int8":
         raise UsageError(f"{args.run} has a base in 8 bit, which cannot be merged: export peft instead")
     if args.folder.exists() and (not args.folder.is_dir() or any(args.folder.iterdir())):
-        raise UsageError(f"{args.folder} exists: give a new folder")
+        raise UsageError(f"{args.folder} is not an empty folder: give a new one")
     tokenizer, model, layers, _ = load_model(run, settings)
     labels = task_of(settings).labels
     if labels and not settings.causal:
@@ -97,8 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     parent = args.folder.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{args.folder.name}.", dir=parent) as beside:
-            whole = Path(beside) / args.folder.name
+        with tempfile.TemporaryDirectory(prefix=f".{args.folder.name}.", dir=parent) as temporary:
+            whole = Path(temporary) / args.folder.name
             whole.mkdir()
             if args.form == "merged":
                 write_merged(whole, model, layers)

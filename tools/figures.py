@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from harness.files import check_writable, write_whole
+from harness.files import check_writable, write_atomically
 from harness.metrics import rank_rows, reliability
 from harness.task import UsageError
 
@@ -23,18 +23,18 @@ except ImportError:  # text needs no pictures
 
 
 def save(figure: "plt.Figure", path: Path) -> None:
-    """All of it or nothing. Raises UsageError, OSError."""
+    """Written atomically. Raises UsageError, OSError."""
     path, content = path.resolve(), io.BytesIO()
     check_writable(path, f"-o {path}")
     try:
         figure.savefig(content, dpi=150, format=path.suffix.removeprefix(".") or "png")
     except (ValueError, OverflowError) as error:
         raise UsageError(f"-o {path} cannot be written: {error}") from None
-    write_whole(path, content.getbuffer())
+    write_atomically(path, content.getbuffer())
     print(path)
 
 
-def draw_heat_map(axis: "plt.Axes", values: pd.DataFrame, top: float, digits: int) -> Any:
+def plot_heat_map(axis: "plt.Axes", values: pd.DataFrame, top: float, digits: int) -> Any:
     """Colours from 0 to `top`, with the numbers on them. Returns the image."""
     image = axis.imshow(values, vmin=0, vmax=top, cmap="viridis")
     for (y, x), value in np.ndenumerate(values):
@@ -47,7 +47,7 @@ def draw_heat_map(axis: "plt.Axes", values: pd.DataFrame, top: float, digits: in
     return image
 
 
-def draw_range(axis: "plt.Axes", values: pd.DataFrame, colour: str, **line: Any) -> None:
+def plot_range(axis: "plt.Axes", values: pd.DataFrame, colour: str, **line: Any) -> None:
     """The column "mean" as a line, with the range from "min" to "max"."""
     axis.plot(values["mean"], color=colour, **line)
     axis.fill_between(values.index, values["min"], values["max"], alpha=0.15, color=colour, linewidth=0)
@@ -70,7 +70,7 @@ def ranks(patterns: dict[str, dict[str, float]]) -> "plt.Figure":
     for axis in axes.flat[len(maps) :]:
         axis.remove()
     for axis, title, values in zip(panels, titles, maps.values(), strict=True):
-        image = draw_heat_map(axis, values, top, digits=1)
+        image = plot_heat_map(axis, values, top, digits=1)
         axis.set_aspect("auto")
         axis.set_title(title, fontsize=8)
         axis.tick_params(labelbottom=axis in panels[-across:])
@@ -82,7 +82,7 @@ def ranks(patterns: dict[str, dict[str, float]]) -> "plt.Figure":
 def curves(found: dict[str, pd.DataFrame]) -> "plt.Figure":
     """For each task, the score against the step and the budget under it: mean, and range over seeds.
 
-    `found`: by name, a line an update or evaluation, with step, score, budget, folder, row, title, measure.
+    `found`: by name, a table of updates and evaluations: step, score, budget, folder, row, title, measure.
     """
     titles, rows = (list(dict.fromkeys(of[key].iloc[0] for of in found.values())) for key in ("title", "row"))
     labels = [textwrap.fill(name, 72) for name in found]
@@ -92,8 +92,8 @@ def curves(found: dict[str, pd.DataFrame]) -> "plt.Figure":
     for label, lines in zip(labels, found.values(), strict=True):
         row, title, measure = lines[["row", "title", "measure"]].iloc[0]
         score, budget = axes[:, titles.index(title)]
-        draw_range(score, over_seeds(lines, "score"), f"C{rows.index(row)}", label=label, marker=".")
-        draw_range(budget, over_seeds(lines, "budget"), f"C{rows.index(row)}")
+        plot_range(score, over_seeds(lines, "score"), f"C{rows.index(row)}", label=label, marker=".")
+        plot_range(budget, over_seeds(lines, "budget"), f"C{rows.index(row)}")
         score.set(title=title, ylabel=measure.replace("_", " "))
         budget.set(xlabel="step", ylabel="triplets")
         score.grid(alpha=0.3)
@@ -111,33 +111,33 @@ class Agreement(NamedTuple):
     """How far scores agree in runs that differ in the seed alone."""
 
     matrix: pd.DataFrame  # (scores, scores), at the end: Spearman above the diagonal, Jaccard below
-    chance: float  # Jaccard of two scores that have nothing in common
-    course: pd.DataFrame  # by step, means over seeds: "spearman.a/b", …, "sigma_cv"
+    chance: float  # Jaccard of two unrelated scores
+    history: pd.DataFrame  # by step, means over seeds: "spearman.a/b", …, "sigma_cv"
 
     def pairs(self) -> dict[str, str]:
-        """The columns of `course` that are drawn, with their labels: Spearman of mu and each other score."""
-        names = self.course.filter(like="spearman.").dropna(axis=1, how="all").columns
+        """The columns of `history` to plot, with their labels: Spearman of mu and each other score."""
+        names = self.history.filter(like="spearman.").dropna(axis=1, how="all").columns
         pairs = {name: name.partition(".")[2].split("/") for name in names}
         return {name: " and ".join(pair) for name, pair in pairs.items() if "mu" in pair}
 
 
 def agreement(found: dict[str, Agreement]) -> "plt.Figure":
-    """By setting the last allocation's matrix, and under it the correlations' course and σ's variation."""
+    """By setting, the last allocation's matrix; under it the history of correlations and σ's variation."""
     n = len(found)
     shared = {"squeeze": False, "layout": "constrained", "height_ratios": (3.4, 2, 1.3)}
     figure, axes = plt.subplots(3, n, figsize=(0.5 + 3.8 * n, 8.5), **shared)
-    for (name, agreement), (matrix, course, variation) in zip(found.items(), axes.T, strict=True):
-        draw_heat_map(matrix, agreement.matrix, 1, digits=2)
+    for (name, agreement), (matrix, history, variation) in zip(found.items(), axes.T, strict=True):
+        plot_heat_map(matrix, agreement.matrix, 1, digits=2)
         plt.setp(matrix.get_xticklabels(), rotation=40, ha="right")
         matrix.set_title(textwrap.fill(f"{name} (Jaccard by chance {agreement.chance:.2f})", 46), fontsize=8)
         for column, label in agreement.pairs().items():
-            course.plot(agreement.course[column], label=label)
-        course.set(ylim=(-1.05, 1.05), ylabel="Spearman")
-        course.legend(fontsize=6, ncols=2)
-        if agreement.course["sigma_cv"].notna().any():
-            variation.semilogy(agreement.course["sigma_cv"])
+            history.plot(agreement.history[column], label=label)
+        history.set(ylim=(-1.05, 1.05), ylabel="Spearman")
+        history.legend(fontsize=6, ncols=2)
+        if agreement.history["sigma_cv"].notna().any():
+            variation.semilogy(agreement.history["sigma_cv"])
         variation.set(xlabel="step", ylabel="σ: sd / mean")
-        for axis in (course, variation):
+        for axis in (history, variation):
             axis.grid(alpha=0.3)
     title = "Spearman above the diagonal, Jaccard of the kept below: at the last allocation"
     figure.suptitle(title, fontsize=9)
@@ -176,7 +176,7 @@ def reliability_diagrams(panels: dict[str, dict[str, tuple[np.ndarray, np.ndarra
 def temperature(lines: dict[str, pd.DataFrame]) -> "plt.Figure":
     """[V] figure 1: error (100 − the score in percent) and NLL against τ, with their range over seeds.
 
-    `lines`: by name, a line an evaluation, with temperature, error and (but for regression) nll.
+    `lines`: by name, one line per evaluation, with temperature, error and (but for regression) nll.
     """
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     about = {"error": "error: 100 − score in percent", "nll": "NLL"}
@@ -184,7 +184,7 @@ def temperature(lines: dict[str, pd.DataFrame]) -> "plt.Figure":
         for i, (title, frame) in enumerate(lines.items()):
             if name in frame:
                 values = frame.groupby("temperature")[name].agg(["mean", "min", "max"])
-                draw_range(axis, values, f"C{i}", marker="o", markersize=3, label=title)
+                plot_range(axis, values, f"C{i}", marker="o", markersize=3, label=title)
         axis.set(xlabel="τ", ylabel=label)
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, loc="outside lower center")

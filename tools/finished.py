@@ -21,7 +21,7 @@ from harness.run_folder import IN_RESULTS, fingerprint, load_adapter
 from harness.settings import Number, Settings, task_of, whole
 from harness.task import Task, UsageError
 
-# What reading a file raises that is not what a run writes.
+# Raised by reading files that are damaged, or not a run's.
 DAMAGED = (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 DAMAGED += (RecursionError,)
 COUNT = whole(0)  # what a step, a rank or a budget can be
@@ -50,7 +50,7 @@ def read_run(folder: Path) -> FinishedRun:
     try:
         settings = Settings.from_config(config)
         settled = ("task", "model", "batch_size", "total_steps", "max_length", "eval_every")
-        wrong = [f.name for f in fields(Settings) if not can_be(config[f.name], f)]
+        wrong = [f.name for f in fields(Settings) if not is_valid(config[f.name], f)]
         wrong += [name for name in settled if not config[name]]
         own = {settings.method, settings.optimizer}
         wrong += [f.name for f in fields(Settings) if own & {*f.metadata["only"]} and f.name in null]
@@ -68,8 +68,8 @@ def read_run(folder: Path) -> FinishedRun:
     return FinishedRun(folder, config, results)
 
 
-def can_be(value: Any, f: Field) -> bool:
-    """Whether JSON's value can be this setting's: a whole number is a float, too, and text a path."""
+def is_valid(value: Any, f: Field) -> bool:
+    """Whether a JSON value is valid for this setting: a whole number counts as a float, text as a path."""
     if f.name == "temperature":  # a list, in earlier runs
         return True
     kinds = {get_origin(kind) or kind for kind in get_args(f.type) or (f.type,)}
@@ -104,7 +104,7 @@ def skip(folder: Path, why: Exception | str) -> None:
 
 
 def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
-    """One of the run's .jsonl files, a line a line; nested names are joined by dots."""
+    """One of the run's .jsonl files as a table; nested names are joined by dots."""
     path = run.folder / name
     if not path.exists():
         flag = " (it takes --track_scores)" * (name == "score_agreement.jsonl")
@@ -116,7 +116,7 @@ def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
 
 
 def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame:
-    """What tools.evaluate found on a split (the task's first validation), a line an evaluation.
+    """What tools.evaluate found on a split (the task's first validation), one line per evaluation.
 
     Raises UsageError.
     """
@@ -136,9 +136,9 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
     except DAMAGED:
         wrong, others = True, []
     if wrong:
-        raise UsageError(f"evaluation.json has nothing of {split or 'validation'}, or is damaged")
+        raise UsageError(f"evaluation.json has no evaluation of {split or 'validation'}, or is damaged")
     if others:
-        raise UsageError(f"evaluated on other data than it was trained with ({others[0]})")
+        raise UsageError(f"evaluated on different data from its training ({others[0]})")
     return numbers.assign(split=rows["split"], how=rows["how"].astype(str))
 
 
@@ -161,7 +161,7 @@ def load_model(
     tokenizer, model = encoder.load_model(settings, task_of(settings))
     layers = encoder.adapt(model, tokenizer, settings)
     if run.config.get("encoder") not in (None, fingerprint(model)):
-        raise UsageError(f"--model {settings.model} has other weights than the encoder of {run.folder}")
+        raise UsageError(f"--model {settings.model} has other weights than the model of {run.folder}")
     sigma = load_adapter(run.folder, model, settings)
     if not settings.plain:
         fused.fuse(model, layers)

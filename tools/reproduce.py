@@ -5,7 +5,7 @@
     python -m tools.reproduce commands --tasks rte -- --bf16       # flags that every line gets
     python -m tools.reproduce study runs -- --model MODEL          # results/study.md: what is not finished
     python -m tools.reproduce table runs                           # Table I as Markdown
-    python -m tools.reproduce report runs                          # its trials and comparisons
+    python -m tools.reproduce report runs                          # the study's trials and comparisons
     python -m tools.reproduce compare runs/A runs/B runs/C         # A against B and C, seed by seed
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
     python -m tools.reproduce curves runs -o curves.png            # score (or --of clipped), budget
@@ -63,7 +63,7 @@ GROUP = ["model", "row", "task"]  # the same for runs that differ in the seed al
 
 
 def grid(tasks: list[str], seeds: list[int], ranks: list[float], methods: list[str]) -> Iterator[list[str]]:
-    """run_glue.py's arguments for every run of [C] table I, a task after the other."""
+    """run_glue.py's arguments for every run of [C] table I, task by task."""
     rows = ["--method full --optimizer adamw"] if "full" in methods else []
     for rank in ranks:
         if "lora" in methods:
@@ -126,7 +126,7 @@ def with_names(settings: dict[str, Any], names: list[list[str]]) -> dict[str, An
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """Different settings have different texts, which fit into a table's cell."""
+    """Settings as the text of a table's cell; different settings have different texts."""
     text = ", ".join(k if v is None else f"{k} {str(v).removesuffix('.0')}" for k, v in settings.items())
     return " ".join(text.replace("|", "\\|").split())
 
@@ -151,12 +151,12 @@ def task_order(name: str) -> tuple:
 
 
 def read_runs(args: Namespace, needs: Callable[[FinishedRun], Any]) -> pd.DataFrame:
-    """A line a run, in the paper's order: run, model, task with its title and measure, method, seed, row (its
-    label), SHAPES, settings that depart from the published ones, and what it `needs` ("found").
+    """One line per run, in the paper's order: run, model, task with its title and measure, method, seed, row
+    (its label), SHAPES, settings that depart from the published ones, and `needs(run)` ("found").
 
-    A setting of SHAPES that differs between runs of one model, task and method is in their labels. Left out
-    by name is a run that `needs`, a function, cannot read, or that repeats settings and seed of another. For
-    a table, `attrs["shared"]` has the settings that all runs share, and no label has them.
+    A setting of SHAPES that differs between runs of one model, task and method is in their labels. Runs that
+    `needs` cannot read, or that repeat another's settings and seed, are skipped by name. For a table,
+    `attrs["shared"]` has the settings that all runs share, and no label has them.
     """
     lines = []
     for run in find_runs(args.runs):
@@ -200,7 +200,7 @@ def named_groups(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def read_found(args: Namespace, needs: Callable[[FinishedRun], pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """By name of a group, the lines that each of its runs `needs`, with the run's folder, row and task."""
+    """By name of a group, the lines that `needs` returns of each run, with the run's folder, row and task."""
     return {
         name: pd.concat(
             [
@@ -237,7 +237,7 @@ def markdown(runs: pd.DataFrame) -> str:
 
 
 def length_text(run: pd.Series) -> str:
-    like = " of like length" * bool(run["group_by_length"])
+    like = " of similar length" * bool(run["group_by_length"])
     updates = f"{run['total_steps']} updates of {math.prod(run[BATCH])} examples{like}"
     judged = f" on {run['holdout']:g} of train" * bool(run["holdout"])
     return f"{updates}, at most {run['max_length']} tokens, evaluated every {run['eval_every']}{judged}"
@@ -252,7 +252,7 @@ def print_table(args: Namespace) -> None:
     runs = read_runs(args, best)
     shared = runs.attrs["shared"]
     for model, own in runs.groupby("model", sort=False):
-        print(f"{markdown(own)}\n\nEncoder `{model}`. Best validation score in percent: mean ± standard")
+        print(f"{markdown(own)}\n\nModel `{model}`. Best validation score in percent: mean ± standard")
         print("deviation (seeds).")
         print(*[f"All rows: {settings_text(shared)}."] * bool(shared), sep="\n")
         for _, of in own.groupby("task"):
@@ -273,7 +273,7 @@ def print_ranks(args: Namespace) -> None:
     found = {name: pd.DataFrame(list(of["found"])) for name, of in groups}
     names = {tuple(run) for of in found.values() for run in of.apply(lambda row: row.dropna().index, axis=1)}
     if len(names) > 1:
-        raise UsageError("these runs have different adapters: draw them one by one")
+        raise UsageError("these runs have different adapters: give one model's at a time")
     patterns = {name: frame.mean().round(2).to_dict() for name, frame in found.items()}
     if args.o:
         figures.save(figures.ranks(patterns), args.o)
@@ -281,7 +281,7 @@ def print_ranks(args: Namespace) -> None:
         print("\n\n".join(f"{name}\n{rank_table(pattern)}" for name, pattern in patterns.items()))
 
 
-def draw_curves(args: Namespace) -> None:
+def plot_curves(args: Namespace) -> None:
     def journal(run: FinishedRun) -> pd.DataFrame:
         lines = read_lines(run, "metrics.jsonl")
         lines = lines[lines["split"].isna() | (lines["split"] == run.task.validation[0])]
@@ -310,8 +310,8 @@ def print_agreement(args: Namespace) -> None:
         last = lines[lines["step"] == lines["step"].max()]
         k, n = last["budget"].iloc[0], last["b0"].iloc[0]
         chance = k / (2 * n - k) if k else 1.0  # two random sets of k of n triplets share k²/n of them
-        course = lines.groupby("step").mean(numeric_only=True)
-        found[name] = figures.Agreement(agreement_matrix(last), chance, course)
+        history = lines.groupby("step").mean(numeric_only=True)
+        found[name] = figures.Agreement(agreement_matrix(last), chance, history)
     print("\n\n".join(agreement_text(name, agreement) for name, agreement in found.items()))
     if args.o:
         figures.save(figures.agreement(found), args.o)
@@ -332,15 +332,15 @@ def agreement_matrix(lines: pd.DataFrame) -> pd.DataFrame:
 
 
 def agreement_text(name: str, agreement: figures.Agreement) -> str:
-    first, last = agreement.course.index[[0, -1]]
+    first, last = agreement.history.index[[0, -1]]
     lines = [f"{name}: at the last allocation, step {last}"]
     lines.append(agreement.matrix.to_string(float_format="{:.3f}".format, na_rep=""))
-    lines.append(f"Jaccard of two scores that have nothing in common: {agreement.chance:.3f}")
+    lines.append(f"Jaccard of two unrelated scores (chance): {agreement.chance:.3f}")
     for column, label in agreement.pairs().items():
-        begin, end = agreement.course[column].iloc[[0, -1]]
+        begin, end = agreement.history[column].iloc[[0, -1]]
         lines.append(f"Spearman of {label}, from step {first} to {last}: {begin:.3f}, {end:.3f}")
-    if agreement.course["sigma_cv"].notna().any():
-        cv = agreement.course["sigma_cv"].iloc[-1]
+    if agreement.history["sigma_cv"].notna().any():
+        cv = agreement.history["sigma_cv"].iloc[-1]
         lines.append(f"coefficient of variation of σ at the last allocation: {cv:.2g}")
     return "\n".join(lines)
 
@@ -349,7 +349,7 @@ def agreement_text(name: str, agreement: figures.Agreement) -> str:
 
 
 def read_evaluated(args: Namespace) -> dict[str, pd.DataFrame]:
-    """By group, a line an evaluation of the first validation split by tools.evaluate, with "how"."""
+    """By group, one line per evaluation of the first validation split by tools.evaluate, with "how"."""
 
     def rows(run: FinishedRun) -> pd.DataFrame:
         found = read_evaluations(run)
@@ -382,7 +382,7 @@ def read_predictions(row: Any) -> tuple[np.ndarray, np.ndarray]:
     rows = json.loads((row.folder / "evaluation.json").read_text())["evaluations"]
     p, labels = tensors.get(f"{row.split}.{row.key}"), tensors.get(f"{row.split}.labels")
     if p is None or labels is None or metadata.get("evaluations") != json.dumps(rows):
-        raise UsageError(f"{path} is not of the same evaluation as evaluation.json: tools.evaluate again")
+        raise UsageError(f"{path} does not match evaluation.json: run tools.evaluate again")
     return p.numpy(), labels.numpy()
 
 
@@ -393,7 +393,7 @@ def print_calibration(args: Namespace) -> None:
         return
     panels = {name: {} for name, frame in found.items() if "nll" in frame}  # regression has no probabilities
     if not panels:
-        raise UsageError("there is nothing to draw: a regression predicts no probabilities")
+        raise UsageError("there is nothing to plot: a regression predicts no probabilities")
     for name in panels:
         frame = found[name]
         shown = frame[frame["key"].isin(["mean", "tau=1", "temperature scaling"])]
@@ -410,7 +410,7 @@ def print_temperature(args: Namespace) -> None:
         draws = {name: frame[frame["key"].str.startswith("tau=")] for name, frame in found.items()}
         drawn = {name: frame for name, frame in draws.items() if len(frame)}
         if not drawn:
-            raise UsageError("there is nothing to draw: tools.evaluate with --eval_samples has draws")
+            raise UsageError("there is nothing to plot: run tools.evaluate with --eval_samples")
         for name, frame in drawn.items():
             drawn[name] = frame.assign(error=100 * (1 - frame[frame["measure"].iloc[0]]))
         figures.save(figures.temperature(drawn), args.o)
@@ -422,7 +422,7 @@ def print_temperature(args: Namespace) -> None:
 VERBS = {
     "table": (print_table, "the paper's Table I, as Markdown"),
     "ranks": (print_ranks, "the paper's Figure 1: ranks by layer and module"),
-    "curves": (draw_curves, "score and budget against step"),
+    "curves": (plot_curves, "score and budget against step"),
     "agreement": (print_agreement, "how far the scores agree"),
     "calibration": (print_calibration, "accuracy, NLL, ECE, Brier score; a reliability diagram"),
     "temperature": (print_temperature, "error and NLL against τ"),
@@ -432,7 +432,7 @@ VERBS = {
 def parse(argv: list[str] | None = None) -> Namespace:
     parser = Parser(__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, parser_class=Parser)
-    commands = verbs.add_parser("commands", help="the grid, a run_glue.py command a line")
+    commands = verbs.add_parser("commands", help="the grid, one run_glue.py command per line")
     commands.add_argument("--tasks", nargs="+", choices=glue.TASKS, default=list(glue.TASKS))
     commands.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     commands.add_argument("--ranks", nargs="+", type=float, default=(2, 4))
@@ -440,7 +440,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     commands.add_argument("--missing", type=Path, metavar="RUNS", help="leave out what is finished in RUNS")
     commands.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags that every command gets")
     commands.set_defaults(do=print_commands)
-    lines = verbs.add_parser("study", help="the study's run_glue.py commands that are not finished")
+    lines = verbs.add_parser("study", help="the study's commands that are still to run")
     lines.add_argument("out", type=Path, help="where its runs are, or will be")
     lines.add_argument("flags", nargs="*", metavar="-- FLAG", help="flags that every command gets")
     lines.set_defaults(do=lambda args: study.print_commands(args.out, args.flags))
@@ -459,7 +459,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
         if name != "table":
             verb.add_argument("-o", type=Path, metavar="PICTURE", help="a file: .png, .pdf, .svg")
         if name == "curves":
-            verb.add_argument("--of", choices=DIAGNOSTICS, help="what IVON was doing, instead of the score")
+            verb.add_argument("--of", choices=DIAGNOSTICS, help="a diagnostic of IVON instead of the score")
         verb.set_defaults(do=do)
     args = parser.parse_args(argv)
     for label, *pairs in getattr(args, "name", ()):

@@ -1,4 +1,4 @@
-"""The study of results/study.md as run_glue.py commands: an equal search, then fresh seeds at what it chose.
+"""The study of results/study.md as commands: an equal search, then fresh seeds at the chosen settings.
 
 `python -m tools.reproduce study OUT` prints what is not finished in OUT. The commands of a task's second part
 appear when all of its search is finished there.
@@ -66,7 +66,7 @@ CLAIMS = {  # the first row against each of the others
 
 
 def search(task: str) -> Iterator[tuple[str, str]]:
-    """Of each trial its folder's name and its flags."""
+    """The folder's name and the flags of each trial."""
     for row, (what, trials) in TRIALS.items():
         for i, trial in enumerate(trials):
             yield f"{task}/search/{row}-{i}", f"--task {task} {what} {trial} --seed {SEARCH_SEED} {SHAPE}"
@@ -99,7 +99,7 @@ def second_part(task: str, settings: dict[str, str]) -> Iterator[tuple[str, str]
 
 
 def print_commands(out: Path, more: list[str]) -> None:
-    """run_glue.py's of what is not finished, tools.evaluate's of what is finished and not evaluated."""
+    """Print run_glue.py's for runs not finished, tools.evaluate's for judged runs not evaluated yet."""
     for task in TASKS:
         settings = chosen(out, task)
         for name, flags in search(task) if settings is None else second_part(task, settings):
@@ -108,8 +108,8 @@ def print_commands(out: Path, more: list[str]) -> None:
                 print(shlex.join(["python", "run_glue.py", *flags.split(), *where, *more]))
             elif settings and not (out / name / "evaluation.json").exists():
                 draws = ["--eval_samples", "10"] if "--optimizer ivon" in flags else []
-                rivals = task != "stsb" and name.split("/")[1].rpartition("-s")[0] in TRIALS
-                fit = ["--fit", "holdout"] if rivals else []
+                searched = task != "stsb" and name.split("/")[1].rpartition("-s")[0] in TRIALS
+                fit = ["--fit", "holdout"] if searched else []
                 how = ["--split", "validation", *draws, *fit]
                 print(shlex.join(["python", "-m", "tools.evaluate", str(out / name), *how]))
 

@@ -308,7 +308,7 @@ def test_training_goes_on_as_if_dropped_triplets_had_been_held_at_zero(
             if optimizer == "ivon":
                 patch.setattr(Tensor, "normal_", lambda flat, own=draws: own(flat))
             if run is held:
-                patch.setattr(vilora, "take_out", lambda *_: None)
+                patch.setattr(vilora, "remove_triplets", lambda *_: None)
             for t in range(1, T - T_F + 31):
                 now[0] = t
                 run.update(t)
@@ -488,7 +488,7 @@ def test_a_score_that_needs_sigma_is_refused_without_a_posterior(score: str):
 
 
 def test_an_unknown_score_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"magnitude; there are .*sensitivity, snr_abs"):
+    with pytest.raises(ValueError, match=r"magnitude: choose from .*sensitivity, snr_abs"):
         Run("magnitude")
 
 
@@ -505,7 +505,7 @@ def test_lora_adapters_are_refused_by_name(among: str):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if among != "alone":
         layers = {"svd": random_adapter(), **layers}
-    with pytest.raises(ValueError, match=r"\A0 has no triplets: RankAllocator wants adapters"):
+    with pytest.raises(ValueError, match=r"\A0 has no triplets: RankAllocator needs adapters"):
         RankAllocator(layers, CubicBudget(2, 1, T, T_I, T_F, DELTA_T), "mu", optimizer)
 
 

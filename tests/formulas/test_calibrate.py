@@ -63,7 +63,7 @@ def test_tfb_leaves_the_product_as_it_is_and_its_noise_has_one_size_in_every_dir
     """B' = U diag(d), A' + (σ_q/d)·ε: a column of the noise is σ_q·U ε, of covariance σ_q²·U Uᵀ."""
     _, layers, _ = adapted(kind)
     before = {name: layer.delta().clone() for name, layer in layers.items()}
-    sigma = calibrate.training_free(layers)
+    sigma = calibrate.prepare_tfb_(layers)
     assert set(sigma) == {f"{name}.{'Q' if kind == 'svd' else 'A'}" for name in layers}
     for name, layer in layers.items():
         torch.testing.assert_close(layer.delta(), before[name])
@@ -77,9 +77,9 @@ def test_tfb_leaves_the_product_as_it_is_and_its_noise_has_one_size_in_every_dir
 def test_tfbs_deviation_is_the_largest_whose_nll_is_allowed():
     model, layers, split = adapted("svd")
     split = split._replace(labels=predict(model, split).argmax(-1))  # so that noise is a loss
-    unit = calibrate.training_free(layers)
+    unit = calibrate.prepare_tfb_(layers)
     most = 1.01 * calibrate.nll(predict(model, split), split.labels)
-    q = calibrate.fit_training_free(model, split, unit, most, samples=20, seed=0)
+    q = calibrate.fit_tfb(model, split, unit, most, samples=20, seed=0)
     low, high = calibrate.TFB_RANGE
     width = (high - low) / 2**calibrate.TFB_BISECTIONS
 
@@ -96,7 +96,7 @@ def test_tfb_gives_a_direction_without_any_weight_no_noise():
     first = next(iter(layers.values()))
     first.lam.data[0] = 0
     before = first.delta().clone()
-    sigma = calibrate.training_free(layers)
+    sigma = calibrate.prepare_tfb_(layers)
     torch.testing.assert_close(first.delta(), before)
     unit = sigma[f"{next(iter(layers))}.Q"]
     assert (unit[-1] == 0).all()  # singular values are in descending order
@@ -111,7 +111,7 @@ def test_tfb_on_a_map_with_fewer_outputs_than_the_rank(kind: str):
     for p in layers["0"].parameters():
         p.data.normal_()
     before = layers["0"].delta().clone()
-    (sigma,) = calibrate.training_free(layers).values()
+    (sigma,) = calibrate.prepare_tfb_(layers).values()
     torch.testing.assert_close(layers["0"].delta(), before)
     assert sigma.gt(0).sum(0).tolist() == [2] * 6
 

@@ -44,21 +44,21 @@ def test_the_words_follow_the_corrected_p_and_the_direction_that_is_better():
     same = [0.50, 0.52, 0.50, 0.49, 0.54]
     for measure, word in (("score", "better"), ("nll", "worse")):
         of = measures({("a", "cola"): high, ("b", "cola"): low, ("c", "cola"): same}, measure)
-        assert list(compared(of, ["a", "b"])["word"]) == [word]
-        assert list(compared(of, ["b", "c"])["word"]) == ["not distinguishable"]
+        assert list(compared(of, ["a", "b"])["verdict"]) == [word]
+        assert list(compared(of, ["b", "c"])["verdict"]) == ["not distinguishable"]
 
 
 def test_one_p_below_a_twentieth_is_no_claim_among_many():
     rows = {("a", "cola"): A, **{(name, "cola"): B for name in "bcdefg"}}
     table = compared(measures(rows), ["a", *"bcdefg"])
     assert (table["p"] < 0.05).all()
-    assert set(table["word"]) == {"not distinguishable"}
+    assert set(table["verdict"]) == {"not distinguishable"}
 
 
 def test_differences_that_are_all_the_same_are_no_claim():
     of = measures({("a", "cola"): [363 / 400, 364 / 400], ("b", "cola"): [362 / 400, 363 / 400]})
     (line,) = compared(of, ["a", "b"]).itertuples()
-    assert (line.difference, line.p, line.word) == (pytest.approx(0.25), 1, "not distinguishable")
+    assert (line.difference, line.p, line.verdict) == (pytest.approx(0.25), 1, "not distinguishable")
 
 
 def test_over_tasks_the_seeds_count_that_all_tasks_have():
@@ -77,7 +77,7 @@ def test_seeds_are_paired_by_number_and_not_by_order():
 def test_a_row_that_is_not_there_is_named_with_those_that_are():
     with pytest.raises(UsageError, match="no row c; there are a, b"):
         compared(measures({("a", "cola"): A, ("b", "cola"): B}), ["a", "c"])
-    with pytest.raises(UsageError, match="b was not evaluated by 'tau=1', but by mean"):
+    with pytest.raises(UsageError, match="b has no evaluation 'tau=1', only mean"):
         compared(measures({("a", "cola"): A, ("b", "cola"): B}), ["a", "b:tau=1"])
 
 

@@ -321,7 +321,7 @@ def test_a_model_whose_triplets_are_taken_out_goes_on():
     for each, its in ((model, layers), (plain, plain_layers)):
         kept = {"0": torch.tensor([True, False]), "2": torch.tensor([False, False])}
         gradients(each, its, x)
-        adalora.take_out(its, kept, torch.optim.SGD(factors(its), lr=0.1))
+        adalora.remove_triplets(its, kept, torch.optim.SGD(factors(its), lr=0.1))
     torch.testing.assert_close(model(x), plain(x), rtol=1e-12, atol=1e-12)
     model(x).sum().backward()
     assert layers["0"].P.grad.shape == (4, 1)
@@ -537,5 +537,5 @@ def test_compiled_as_one_graph_it_gives_what_it_gives_eagerly_also_after_a_cut(k
     if kind == "svd":
         masks = [[True, False], [False, True], [True, True]]
         kept = {name: torch.tensor(mask) for name, mask in zip(layers, masks, strict=True)}
-        adalora.take_out(layers, kept, torch.optim.SGD(model.parameters()))
+        adalora.remove_triplets(layers, kept, torch.optim.SGD(model.parameters()))
         check()

@@ -233,7 +233,7 @@ def test_a_choice_has_its_space_unless_the_prompt_ends_in_white_space(llama: Pat
 
 @pytest.mark.parametrize("choices", [("A", "perhaps"), ("A", ""), ("A", "A")])
 def test_a_choice_that_is_not_a_token_of_its_own_is_refused(choices: tuple[str, str], llama: Path):
-    with pytest.raises(UsageError, match=f"{choices[1]!r}, after a prompt that ends in ':', is not a token"):
+    with pytest.raises(UsageError, match=f"{choices[1]!r}, after a prompt that ends in ':', is not a single token"):
         of_choices(llama, "Answer:", *choices)
 
 
@@ -460,7 +460,7 @@ def test_a_model_that_cannot_do_the_task_is_refused(
     common = ["--data_dir", str(data), "--output_dir", str(tmp_path / "run")]
     line = refused(["--task", "boolq", "--model", str(bert), *common], capsys)
     assert "is an encoder: boolq needs a causal language model" in line
-    assert "stsb gives numbers" in refused(["--task", "stsb", "--model", str(llama), *common], capsys)
+    assert "stsb is a regression" in refused(["--task", "stsb", "--model", str(llama), *common], capsys)
 
 
 ARC, BOOLQ = "ARC-Easy/ARC-Easy-Train.jsonl", "BoolQ/train.jsonl"
@@ -507,7 +507,7 @@ def test_a_row_that_is_not_as_it_should_be_is_named(
         (["--prompt", "is it"], "the text columns belong in braces"),
         (["--prompt", "is it {text}", "--choices", "A"], "--choices: give 2 words, for the labels 0, 1"),
         (["--prompt", "is it {text}", "--choices", "A", "A"], "--choices: give 2 words"),
-        (["--prompt", "is it {text}", "--choices", "1", "0"], "the labels' order is 0, 1"),
+        (["--prompt", "is it {text}", "--choices", "1", "0"], "in the labels' order, 0, 1"),
         (["--choices", "A", "B"], "give --prompt, too"),
         ([], "has no prompt: give --prompt"),
     ],

@@ -460,7 +460,7 @@ def refused(argv: list[str], capsys: pytest.CaptureFixture) -> str:
 
 REFUSED = {
     "a fit on a split that is not there": (["{ivon}", "--fit", "holdout"], "--fit holdout"),
-    "a fit on what is judged": (["{ivon}", "--fit", "validation"], "another --split"),
+    "a fit on what is judged": (["{ivon}", "--fit", "validation"], "is the split to evaluate"),
     "no run": ([], "run"),
     "a negative temperature": (["{ivon}", "--eval_samples", "3", "--temperature", "-1"], "--temperature"),
     "no temperature": (["{ivon}", "--eval_samples", "3", "--temperature"], "--temperature"),

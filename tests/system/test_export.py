@@ -156,8 +156,8 @@ REFUSED = {
     "no form": (["{run}", "{new}"], "form"),
     "no folder": (["peft", "{run}"], "folder"),
     "no run": (["peft", "{new}", "{new}2"], "config.json"),
-    "a folder with something in it": (["merged", "{run}", "{run}"], "give a new folder"),
-    "a file": (["merged", "{run}", "{run}/config.json"], "give a new folder"),
+    "a folder with something in it": (["merged", "{run}", "{run}"], "is not an empty folder"),
+    "a file": (["merged", "{run}", "{run}/config.json"], "is not an empty folder"),
     "a place inside a file": (["merged", "{run}", "{run}/config.json/x"], "cannot be written"),
     "another model": (["merged", "{run}", "{new}", "--model", "./nowhere"], "./nowhere"),
 }

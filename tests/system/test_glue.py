@@ -120,9 +120,9 @@ def test_a_test_split_is_read_without_labels(task: str, content: str, tmp_path: 
 @pytest.mark.parametrize(
     ("task", "line", "row", "message"),
     [
-        ("cola", 3, "gj04\t1\tThe cat.", "3 columns where 4"),
-        ("cola", 2, "gj04\t1\t\tThe cat.\tmore", "5 columns where 4"),
-        ("cola", 4, "", "1 columns where 4"),
+        ("cola", 3, "gj04\t1\tThe cat.", "3 columns, not 4"),
+        ("cola", 2, "gj04\t1\t\tThe cat.\tmore", "5 columns, not 4"),
+        ("cola", 4, "", "1 columns, not 4"),
         ("cola", 2, "gj04\tyes\t\tThe cat.", "'yes' is not a label of cola (0, 1)"),
         ("rte", 2, "0\ta\tb\tentailed", "'entailed' is not a label of rte"),
         ("mnli", 5, "\t".join("x" * 11) + "\t-", "'-' is not a label of mnli"),

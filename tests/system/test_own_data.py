@@ -114,7 +114,7 @@ def test_every_format_gives_the_same_text_and_labels(write: Callable, labels: li
 def test_a_csv_field_may_have_commas_quotation_marks_and_line_ends(tmp_path: Path):
     text = 'He said: "Line one,\nline two."'
     path = write_csv(tmp_path / "x.csv", ["text", "label"], [[text, "a"], ["b", "b"], ["c", "c", "d"]])
-    with pytest.raises(UsageError, match=r"x.csv:5: 3 fields where 2 belong \(text, label\)"):
+    with pytest.raises(UsageError, match=r"x.csv:5: 3 fields, not 2 \(text, label\)"):
         list(read_examples(path, ["text", "label"], ["a", "b"], True))
     path = write_csv(tmp_path / "x.csv", ["text", "label"], [[text, "a"], ["b", "b"]])
     assert [row["text1"] for row in read_examples(path, ["text", "label"], ["a", "b"], True)] == [text, "b"]
@@ -200,7 +200,7 @@ BAD_ROWS = {
         ["text", "target"],
         GOOD,
         "train.csv ",
-        "no column 'label' but 'text', 'target'",
+        "no column 'label', only 'text', 'target'",
     ),
     "nothing in it": ("train", HEADER, [], "train.csv ", "no examples"),
     "nothing at all": ("dev", [], [], "dev.csv ", "no examples"),
@@ -218,8 +218,8 @@ BAD_ROWS = {
         "train.csv",
         "every example has the label 'x'",
     ),
-    "too many fields": ("train", HEADER, [*GOOD, ["e", "x", "y"]], ":6: ", "3 fields where 2 belong"),
-    "too few fields": ("dev", HEADER, [["a"]], ":2: ", "1 fields where 2 belong"),
+    "too many fields": ("train", HEADER, [*GOOD, ["e", "x", "y"]], ":6: ", "3 fields, not 2"),
+    "too few fields": ("dev", HEADER, [["a"]], ":2: ", "1 fields, not 2"),
     "a column twice": ("train", ["text", "label", "label"], [["a", "x", "x"]], ":1: ", "two columns 'label'"),
     "mixed labels": ("train", HEADER, [*GOOD, ["e", "1"]], ":2: ", "'x' is not a number, and others are"),
     "no label": ("train", HEADER, [*GOOD, ["e", " "]], ":6: ", "there is no label"),
@@ -429,7 +429,7 @@ def test_a_regression_with_negative_numbers_is_evaluated(bert: Path, tmp_path: P
     flags = ["--train_file", str(path), "--validation_file", str(path), "--model", str(bert), *SHORT]
     assert run([*flags, "--output_dir", str(output)]) == 0
     evaluate.main([str(output)])
-    with pytest.raises(UsageError, match="two of the run's files have one name"):
+    with pytest.raises(UsageError, match="two of the run's files have the same name"):
         evaluate.main([str(output), "--data_dir", str(tmp_path)])
 
 

@@ -704,7 +704,7 @@ def test_two_models_have_two_names_and_their_chance_is_worked_by_hand(
     out, _ = output(capsys, "agreement", tmp_path)
     blocks = out.strip().split("\n\n")
     assert [block.splitlines()[0].split(", ")[-2].split(":")[0] for block in blocks] == ["one", "two"]
-    assert all("nothing in common: 0.500" in block for block in blocks)  # 8 of 12: 8/(24 − 8)
+    assert all("chance): 0.500" in block for block in blocks)  # 8 of 12: 8/(24 − 8)
 
 
 def test_a_half_written_journal_is_skipped_by_name(tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -751,7 +751,7 @@ def test_agreement_is_that_of_the_last_allocation_averaged_over_seeds_with_its_c
         ["lambda", "0.500", "1.000"],
     ]
     assert "coefficient of variation of σ at the last allocation: 1.4" in out
-    assert "nothing in common: 0.500" in out
+    assert "chance): 0.500" in out
     assert "Spearman of mu and snr, from step 1 to 2: 0.400, 0.700" in out
     figure = drawn("agreement", tmp_path / "runs")
     shown = np.ma.filled(figure.axes[0].images[0].get_array().astype(float), np.nan)
@@ -772,7 +772,7 @@ def test_agreement_of_a_run_without_a_posterior_has_no_variation_of_sigma(
     (write_run(tmp_path / "run", flags, 0.5) / "score_agreement.jsonl").write_text(json.dumps(line) + "\n")
     out, _ = output(capsys, "agreement", tmp_path / "run")
     assert "variation" not in out
-    assert "nothing in common: 1.000" in out  # all sets of no triplets are the same
+    assert "chance): 1.000" in out  # all sets of no triplets are the same
     assert not drawn("agreement", tmp_path / "run").axes[-1].lines
 
 
@@ -914,7 +914,7 @@ def test_error_and_nll_are_drawn_against_the_temperature(
 def test_without_draws_there_is_no_picture_of_the_temperature(tmp_path: Path, capsys: pytest.CaptureFixture):
     evaluate(write_run(tmp_path / "run", ["--task", "cola", *SMALL], 0.5), {(0, 0.0): 0.5})
     _, err = output(capsys, "temperature", tmp_path, "-o", tmp_path / "x.png", status=2)
-    assert "nothing to draw" in err
+    assert "nothing to plot" in err
     assert not (tmp_path / "x.png").exists()
 
 
@@ -925,7 +925,7 @@ def test_an_evaluation_with_the_model_in_another_place_is_read(tmp_path: Path, c
     path.write_text(path.read_text().replace('"tiny"', '"elsewhere"'))
     assert "0.5000" in output(capsys, "calibration", tmp_path)[0]
     path.write_text(path.read_text().replace('"data_dir": null', '"data_dir": "others"'))
-    assert "other data" in output(capsys, "calibration", tmp_path, status=2)[1]
+    assert "different data" in output(capsys, "calibration", tmp_path, status=2)[1]
 
 
 def test_the_table_says_where_runs_are_judged_on_a_share_of_train(
@@ -1067,7 +1067,7 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
     (damaged / "evaluation.json").write_text("{}")
     out, err = output(capsys, "compare", tmp_path / "again/adalora", tmp_path / "again/lora")
     assert "| 2 |" in out
-    assert err.startswith(f"skipped {damaged}: evaluation.json has nothing of validation")
+    assert err.startswith(f"skipped {damaged}: evaluation.json has no evaluation of validation")
     shutil.copy(tmp_path / "cola/lora-s1/evaluation.json", damaged)
     _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "lora", status=2)
     assert "two of its runs have the same task and seed" in err

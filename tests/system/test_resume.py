@@ -27,7 +27,7 @@ import run_glue
 from adalora import inject
 from budget import CubicBudget
 from harness import files, prediction, run_folder
-from harness.files import locked, write_whole
+from harness.files import locked, write_atomically
 from harness.run_folder import (
     HERE,
     check_same,
@@ -1030,14 +1030,14 @@ def test_losses_are_recorded_at_least_every_50_updates(
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "file"
-    write_whole(path, b"first")
+    write_atomically(path, b"first")
 
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="full") as raised:
-        write_whole(path, b"second")
+        write_atomically(path, b"second")
     assert raised.value.filename == str(path)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("file", b"first")]
 
