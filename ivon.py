@@ -62,6 +62,11 @@ def update_mean_(m: Tensor, g_bar: Tensor, precision: Tensor, delta: float, alph
     m.sub_(change.clamp_(-xi, xi), alpha=alpha)
 
 
+def at_least_float32(x: Tensor) -> torch.dtype:
+    """In 16 bits ess·(h + δ) overflows, or h is too coarse to move."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 class Flat:
     """The trained parameters of one group, device and dtype as vectors (n,), and their views.
 
@@ -139,7 +144,7 @@ class Flat:
         update_mean_(m, g_bar, precision, delta, alpha, group["clip_radius"])
         self.restore_mean()
         for p, grad in zip(self.params, self.views["g_hat"], strict=True):
-            p.grad = grad  # for scores that use the gradient
+            p.grad = grad.to(p.dtype)  # for scores that use the gradient
 
 
 class IVON(torch.optim.Optimizer):
@@ -157,7 +162,8 @@ class IVON(torch.optim.Optimizer):
         mc_samples: how often `step` calls a closure; without one it averages the blocks it finds.
         hess_approx: "price", ĥ = ĝ·(θ − m)/σ², or "gradsq", ĥ = ess·ĝ².
         clip_radius: ξ, the largest change of a parameter in one step, in units of α.
-        sync: average ĝ and ĥ over the processes of torch.distributed, each of which draws for itself.
+        sync: average ĝ and ĥ over the processes of torch.distributed, each of which draws for itself. With
+            DistributedDataParallel, compute gradients in `model.no_sync()`: it would average them first.
         debias: ḡ = g/(1 − β1^t), else ḡ = g.
         rescale_lr: see lr.
 
@@ -196,14 +202,16 @@ class IVON(torch.optim.Optimizer):
         With `train`, the gradients that the block leaves in `p.grad` become one Monte-Carlo sample of the
         next `step`; `p.grad` is None when such a block starts and when it ends. A block that raises is
         discarded. Without `train` (prediction), gradients and state are left alone. Raises ValueError if
-        τ < 0, or τ ≠ 1 with `train`; RuntimeError inside another block, and for sparse gradients.
+        τ < 0, or τ ≠ 1 with `train`; RuntimeError inside another block, for sparse gradients, and where
+        parameters are changed inside the block.
         """
         if not temperature >= 0 or (train and temperature != 1):
             raise ValueError(f"temperature must be at least 0, and 1 in training, not {temperature}")
         if self._sampled:
             raise RuntimeError("sampled_params cannot be entered inside another sampled_params block")
-        flats = self._gather()
-        trained = [p for flat in flats for p in flat.params] if train else []
+        flats = self._gather(frozen=not train)
+        params = [p for flat in flats for p in flat.params]
+        trained = params if train else []
         with torch.no_grad():
             for flat in flats:
                 flat.save_mean()
@@ -214,7 +222,10 @@ class IVON(torch.optim.Optimizer):
                     flat.draw(temperature)
             for p in trained:
                 p.grad = None
+            versions = [p._version for p in params]
             yield
+            if versions != [p._version for p in params]:
+                raise RuntimeError("parameters were changed inside a sampled_params block")
             with torch.no_grad():
                 for flat in flats if train else ():
                     flat.add_block()
@@ -281,6 +292,8 @@ class IVON(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         """Called by `load_state_dict`, deepcopy and unpickling."""
         super().__setstate__(state)
+        for p, own in self.state.items():  # which have the parameter's type now
+            own.update({name: x.to(at_least_float32(p)) for name, x in own.items()})
         self._drop_vectors()
 
     def _drop_vectors(self) -> None:
@@ -292,19 +305,23 @@ class IVON(torch.optim.Optimizer):
         state = self.state[p]
         if not state:
             with torch.inference_mode(False):
-                state["g"] = torch.zeros_like(p, memory_format=torch.contiguous_format)
+                how = {"dtype": at_least_float32(p), "memory_format": torch.contiguous_format}
+                state["g"] = torch.zeros_like(p, **how)
                 state["h"] = torch.full_like(state["g"], group["hess_init"])
         if state["h"].shape != p.shape:
             raise RuntimeError("a parameter's shape is no longer its state's: load the optimizer's state too")
         return state
 
-    def _gather(self) -> list[Flat]:
-        """The trainable parameters as vectors: those of the last call where they are still current."""
+    def _gather(self, frozen: bool = False) -> list[Flat]:
+        """The trainable parameters as vectors: those of the last call where they are still current.
+
+        `frozen`: also those that were trained and no longer are, which have a posterior, too.
+        """
         kept = {}
         for i, group in enumerate(self.param_groups):
             buckets = defaultdict(list)
             for p in group["params"]:
-                if p.requires_grad:
+                if p.requires_grad or (frozen and self.state.get(p)):
                     buckets[i, p.device, p.dtype].append(p)
             for key, params in buckets.items():
                 flat = self._flats.get(key)

@@ -47,7 +47,7 @@ class RankAllocator:
     optimizer's state of them.
 
     Args:
-        layers: SVD adapters by name, as `inject` returns them.
+        layers: SVD adapters by name, as `inject` returns them, on one device.
         score: a name in SCORES.
         optimizer: any torch optimizer over P, λ and Q; a score that needs σ needs a `Posterior`.
         beta1, beta2: of the smoothed sensitivity.
@@ -92,7 +92,6 @@ class RankAllocator:
                 self.tracked["sigma_cv"] = self._sigma_variation()
             S, lam = self.scores([self.score])[self.score], [layer.lam for layer in self.layers.values()]
             kept = keep_top(S, self.budget(t)).split([x.numel() for x in lam])
-            kept = [mask.to(x.device) for mask, x in zip(kept, lam, strict=True)]
             self.kept = dict(zip(self.layers, kept, strict=True))
             torch._foreach_mul_(lam, kept)  # the others' λ ← 0
         if t == self.budget.last_allocation:
@@ -110,8 +109,7 @@ class RankAllocator:
             for key, layers in self._by_shape().items():  # scored as one stack: (n, d_out, r), (n, r), …
                 s = [self._elementwise(name, (*key, part), layers) for part in PARTS]
                 of_layer.update(zip(layers, SCORES[name].triplet(*s), strict=True))
-            S = [of_layer[layer] for layer in self.layers.values()]
-            found[name] = torch.cat([x.to(S[0].device) for x in S])
+            found[name] = torch.cat([of_layer[layer] for layer in self.layers.values()])
         return found
 
     def _elementwise(self, name: str, key: tuple, layers: list[SVDLinear]) -> Tensor:

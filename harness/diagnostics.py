@@ -1,13 +1,16 @@
 """What IVON is doing, from its state: recorded with each evaluation."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 
 @torch.no_grad()
-def diagnostics(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """What the last step was like, and where h and σ are, over all entries; {} for an optimizer without h.
+def diagnostics(optimizer: torch.optim.Optimizer, params: Iterable[Tensor]) -> dict[str, float]:
+    """What the last step was like, and where h and σ are, over all entries of `params` that are trained; {}
+    for an optimizer without h.
 
     To be called before the gradients are cleared: `p.grad` is ĝ. Waits for the device.
 
@@ -18,10 +21,11 @@ def diagnostics(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     (docs/method.md); E is over a parameter's entries.
     """
     found, law = defaultdict(list), 0
+    wanted = set(params)
     for s in optimizer.param_groups:
         for p in s["params"]:
             state = optimizer.state.get(p, {})
-            if "h" not in state or not p.numel():
+            if p not in wanted or "h" not in state or not p.numel():
                 continue
             h, delta, t, beta2 = state["h"], s["weight_decay"], s["step"], s["beta2"]
             g_bar = state["g"] / (1 - s["beta1"] ** t if s["debias"] else 1)

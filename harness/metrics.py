@@ -110,11 +110,15 @@ def score_agreement(scores: Mapping[str, np.ndarray], k: int) -> dict[str, dict[
 
 
 def rank_rows(ranks: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Ranks by adapter → by layer, the last number in a name ("" where there is none), and module in it."""
+    """Ranks by adapter → by layer, the last number in a name ("" where there is none), and module in it.
+
+    Where two adapters would be in one place (an encoder's and a decoder's), a layer has its whole name.
+    """
+    parts = [re.fullmatch(r"(?:(.*\.)?(\d+)\.)?(.+)", name).groups(default="") for name in ranks]
+    whole = len({(layer, module) for _, layer, module in parts}) < len(ranks)
     rows: dict[str, dict[str, float]] = {}
-    for name, rank in ranks.items():
-        layer, module = re.fullmatch(r"(?:(?:.*\.)?(\d+)\.)?(.+)", name).groups(default="")
-        rows.setdefault(layer, {})[module] = rank
+    for (before, layer, module), rank in zip(parts, ranks.values(), strict=True):
+        rows.setdefault(before * whole + layer, {})[module] = rank
     return rows
 
 

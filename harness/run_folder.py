@@ -114,7 +114,7 @@ class Run:
             self._check_finite(t)
         self.progress["step"] = t
         if evaluating:
-            self._evaluate(t, lr)
+            saving |= self._evaluate(t, lr) and not final  # the best adapter with its checkpoint
             stopping = self.signal  # it may have come meanwhile
         self.progress["seconds"] = time.perf_counter() - self.began
         if saving or (stopping and not final):
@@ -157,7 +157,8 @@ class Run:
         if state:
             self._restore(state)
             resumed = {"step": self.progress["step"], **here}
-            self.config = before | {"resumed": [*before.get("resumed", []), resumed]}
+            moved = {f.name: self.config[f.name] for f in fields(Settings) if f.metadata["role"] == NOTHING}
+            self.config = before | moved | {"resumed": [*before.get("resumed", []), resumed]}
         else:
             self.config |= here
         processes.wait_for_all()  # the others have read the folder
@@ -217,8 +218,8 @@ class Run:
         kept = f"the checkpoint of step {steps[0]} is kept; " if steps else ""
         return EndsRun(f"{what}; {kept}a smaller --lr, with --overwrite, may help", 3)
 
-    def _evaluate(self, t: int, lr: float) -> None:
-        """Judge; record; keep the adapter if it is the best so far."""
+    def _evaluate(self, t: int, lr: float) -> bool:
+        """Judge; record; keep the adapter if it is the best so far, and return whether it is."""
         began = time.perf_counter()
         try:
             scores, sigma, diagnostics = self.evaluate()
@@ -241,6 +242,7 @@ class Run:
                 for name, tensors in ((ADAPTER, trained_parameters(self.model)), (POSTERIOR, sigma)):
                     if tensors:
                         files.write_tensors(self.folder / name, tensors, scale(self.settings))
+        return better
 
     def _record_agreement(self, step: int, budget: int, sigma_cv: Tensor | None, scores: dict) -> None:
         arrays = {name: S.cpu().numpy() for name, S in scores.items()}

@@ -48,8 +48,8 @@ def without_how(row: str) -> str:
 
 
 def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[str, np.ndarray]:
-    """Row a less row b, by task, for the seeds that both have; "all": the tasks' mean, for the seeds that
-    both have on every task."""
+    """Row a less row b, by task, for the seeds that both have; "mean of n": of the n tasks that both have,
+    for the seeds that both have on each."""
 
     def of(row: str) -> pd.DataFrame:
         name, _, how = Path(row).name.partition(":")
@@ -64,9 +64,11 @@ def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[st
             raise UsageError(f"{row}: two of its runs have the same task and seed")
         return own.pivot(index="seed", columns="task", values=measure).dropna(axis=1, how="all")
 
-    both = (MEASURES[measure] * (of(a) - of(b))).dropna(axis=1, how="all")
+    first, second = of(a), of(b)
+    both = MEASURES[measure] * (first - second)[first.columns.intersection(second.columns)]
     found = {task: both[task].dropna().to_numpy() for task in both}
-    return found | ({"all": both.dropna().mean(axis=1).to_numpy()} if len(found) > 1 else {})
+    mean = both.dropna().mean(axis=1).to_numpy()
+    return found | ({f"mean of {len(found)}": mean} if len(found) > 1 else {})
 
 
 def holm(p: Iterable[float]) -> np.ndarray:

@@ -64,9 +64,17 @@ def test_differences_that_are_all_the_same_are_no_claim():
 def test_over_tasks_the_seeds_count_that_all_tasks_have():
     of = measures({("a", "cola"): A, ("b", "cola"): B, ("a", "rte"): A[:3], ("b", "rte"): B[::-1][:3]})
     found = differences(of, "a", "b", "score")
-    assert {task: len(d) for task, d in found.items()} == {"cola": 5, "rte": 3, "all": 3}
+    assert {task: len(d) for task, d in found.items()} == {"cola": 5, "rte": 3, "mean of 2": 3}
     cola, rte = np.array(A[:3]) - B[:3], np.array(A[:3]) - B[::-1][:3]
-    assert found["all"] == pytest.approx(50 * (cola + rte))
+    assert found["mean of 2"] == pytest.approx(50 * (cola + rte))
+
+
+def test_a_task_without_common_seeds_leaves_no_mean_over_tasks():
+    of = measures({("a", "cola"): A, ("b", "cola"): B, ("a", "rte"): A, ("b", "rte"): B})
+    of.loc[(of["row"] == "b") & (of["task"] == "rte"), "seed"] += 100
+    found = differences(of, "a", "b", "score")
+    assert {task: len(d) for task, d in found.items()} == {"cola": 5, "rte": 0, "mean of 2": 0}
+    assert set(compared(of, ["a", "b"])["task"]) == {"cola"}
 
 
 def test_seeds_are_paired_by_number_and_not_by_order():

@@ -14,13 +14,15 @@ def test_they_are_of_the_last_step_and_of_the_state_after_it():
     with opt.sampled_params(train=True):
         p.grad, q.grad = torch.tensor([0.25, -0.6, 3.0]), torch.zeros(1)
     opt.step()
-    found = diagnostics(opt)
+    found = diagnostics(opt, [p, q])
     assert found["clipped"] == 0.5
     assert found["mean_step"] == pytest.approx((0.5 + 1 + 1 + 0) / 4, rel=1e-4)
     assert [found[f"h_{q}"] for q in ("05", "50", "95")] == pytest.approx([1, 1, 1])
     assert found["sigma"] == pytest.approx(1e-6)
     assert found["sigma_cv"] == pytest.approx(0, abs=1e-6)
     assert found["law"] == 0  # h is held
+    assert diagnostics(opt, [q])["clipped"] == 0
+    assert diagnostics(opt, [p])["clipped"] == pytest.approx(2 / 3)
 
 
 def test_they_are_the_same_with_a_state_that_was_loaded():
@@ -30,9 +32,9 @@ def test_they_are_the_same_with_a_state_that_was_loaded():
         with opt.sampled_params(train=True):
             p.square().sum().backward()
         opt.step()
-    before = diagnostics(opt)
+    before = diagnostics(opt, [p])
     opt.load_state_dict(opt.state_dict())
-    assert diagnostics(opt) == before
+    assert diagnostics(opt, [p]) == before
 
 
 def test_an_optimizer_without_h_has_none():
@@ -40,4 +42,4 @@ def test_an_optimizer_without_h_has_none():
     opt = torch.optim.AdamW([p])
     p.square().sum().backward()
     opt.step()
-    assert diagnostics(opt) == {}
+    assert diagnostics(opt, [p]) == {}

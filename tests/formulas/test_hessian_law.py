@@ -67,7 +67,7 @@ def test_the_diagnostics_say_which_share_of_h_gradient_noise_explains():
             p.grad = 32e-4 * p.detach() + 1e-2 * torch.randn(N, dtype=torch.float64)
         opt.step()
     # s² = 1e-4, H = 32 s²: h* = 32 s² + 10 s², of which the second term is 10/42.
-    assert diagnostics(opt)["law"] == pytest.approx(10 / 42, rel=0.05)
+    assert diagnostics(opt, [p])["law"] == pytest.approx(10 / 42, rel=0.05)
 
 
 def test_with_several_draws_of_one_batch_gradient_noise_makes_their_share_of_h():
@@ -83,4 +83,4 @@ def test_with_several_draws_of_one_batch_gradient_noise_makes_their_share_of_h()
         opt.step()
     h = opt.state[p]["h"].mean().item()
     assert h == pytest.approx(0.5 * (1 - BETA2) * 1e5 * 1e-4 / 4, rel=0.1)
-    assert diagnostics(opt)["law"] == pytest.approx(1, rel=0.1)
+    assert diagnostics(opt, [p])["law"] == pytest.approx(1, rel=0.1)

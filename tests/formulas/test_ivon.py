@@ -1380,3 +1380,46 @@ def test_at_beta2_of_1_and_a_vast_ess_ivon_is_clipped_momentum_without_noise():
     assert opt.sigma(p).max() < 1e-13
     assert (opt.state[p]["h"] == 1e-2).all()
     np.testing.assert_allclose(p.detach().numpy(), m, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_frozen_after_training_is_still_drawn_from_its_posterior():
+    p = nn.Parameter(torch.zeros(20_000))
+    opt = IVON([p], lr=0.1, ess=100.0)
+    with opt.sampled_params(train=True):
+        p.grad = torch.ones_like(p)
+    opt.step()
+    p.requires_grad_(False)
+    m, before = p.clone(), bits(p)
+    with opt.sampled_params():
+        assert (p - m).std().item() == pytest.approx(opt.sigma(p).mean().item(), rel=0.03)
+    assert bits(p) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_posterior_of_parameters_in_16_bits_is_in_32(dtype: torch.dtype):
+    """1e5 overflows float16; in bfloat16 h = 1 does not move by 1e-3."""
+    p = nn.Parameter(torch.zeros(20_000, dtype=dtype))
+    opt = IVON([p], lr=0.0, ess=1e5, hess_init=1.0, beta2=0.999, weight_decay=0)
+    h = 1.0
+    for _ in range(100):
+        with opt.sampled_params(train=True):
+            p.grad = torch.zeros_like(p)
+        opt.step()
+        h += -1e-3 * h + 0.5e-6 * h  # ĥ = 0
+    assert p.grad.dtype == dtype
+    assert opt.sigma(p).mean().item() == pytest.approx((1e5 * h) ** -0.5, rel=1e-4)
+    for again in (opt, IVON([p], lr=0.0, ess=1e5)):
+        again.load_state_dict(opt.state_dict())
+        assert again.sigma(p).mean().item() == pytest.approx((1e5 * h) ** -0.5, rel=2e-3)
+        with again.sampled_params():
+            assert p.float().std().item() == pytest.approx((1e5 * h) ** -0.5, rel=0.03)
+
+
+def test_parameters_changed_inside_a_block_are_an_error_and_the_mean_comes_back():
+    p = nn.Parameter(torch.randn(4))
+    opt, before = IVON([p], lr=0.1, ess=1.0), bits(p)
+    with pytest.raises(RuntimeError, match="changed inside"), opt.sampled_params(train=True), torch.no_grad():
+        p.zero_()
+    assert bits(p) == before
+    with pytest.raises(RuntimeError, match="step comes after"):
+        opt.step()

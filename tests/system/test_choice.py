@@ -233,7 +233,9 @@ def test_a_choice_has_its_space_unless_the_prompt_ends_in_white_space(llama: Pat
 
 @pytest.mark.parametrize("choices", [("A", "perhaps"), ("A", ""), ("A", "A")])
 def test_a_choice_that_is_not_a_token_of_its_own_is_refused(choices: tuple[str, str], llama: Path):
-    with pytest.raises(UsageError, match=f"{choices[1]!r}, after a prompt that ends in ':', is not a single token"):
+    with pytest.raises(
+        UsageError, match=f"{choices[1]!r}, after a prompt that ends in ':', is not a single token"
+    ):
         of_choices(llama, "Answer:", *choices)
 
 

@@ -253,6 +253,28 @@ def test_without_being_told_a_checkpoint_follows_each_evaluation(
     assert list(checkpoints(tmp_path / "run/checkpoint").values()) == [16, 8]
 
 
+def test_the_best_adapter_is_written_with_a_checkpoint(
+    command: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Or a killed run that takes another course, as on a GPU it may, could leave one that is not its best."""
+    scores = [{"validation": {"matthews_correlation": score}} for score in (0.1, 0.3, 0.2)]
+    monkeypatch.setattr(prediction, "evaluate", lambda *_: scores.pop(0))
+    monkeypatch.setattr(run_folder.shutil, "rmtree", lambda *_, **__: None)
+    assert main(command("run", "--checkpoint_every", "100")) == 0
+    assert list(checkpoints(tmp_path / "run/checkpoint").values()) == [16, 8]
+
+
+def test_a_resumed_run_records_where_model_and_data_are_now(
+    stopped: Path, bert: Path, data: Path, tmp_path: Path
+):
+    for path in (bert, data):
+        shutil.copytree(path, tmp_path / "moved" / path.name)
+    moved = [tmp_path / "moved" / path.name for path in (bert, data)]
+    assert main(arguments(*moved, stopped, "--resume")) == 0
+    config = json.loads((stopped / "config.json").read_text())
+    assert [config["model"], config["data_dir"]] == list(map(str, moved))
+
+
 def test_a_finished_run_has_no_checkpoints(whole: Path):
     assert not (whole / "checkpoint").exists()
 

@@ -479,6 +479,18 @@ def test_a_map_that_a_layer_lacks_is_blank_in_the_rank_table():
     assert table.splitlines() == ["layer  a  out.b", "    0  1      0", "   11        12"]
 
 
+def test_an_encoders_and_a_decoders_layers_are_rows_of_their_own():
+    table = rank_table({"encoder.layers.0.a": 1, "encoder.layers.1.a": 2, "decoder.layers.0.a": 3, "b": 4})
+    rows = [row.split() for row in table.splitlines()]
+    assert rows[0] == ["layer", "a", "b"]
+    assert rows[1:] == [
+        ["encoder.layers.0", "1"],
+        ["encoder.layers.1", "2"],
+        ["decoder.layers.0", "3"],
+        ["4"],
+    ]
+
+
 def test_a_finished_run_is_overwritten_only_when_told_to(
     bert: Path, glue_folder: Path, tmp_path: Path, capsys
 ):
