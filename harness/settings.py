@@ -22,7 +22,7 @@ from harness import choice, glue, own_data, processes
 from harness.task import EndsRun, Task, UsageError, hold_out
 from scores import SCORES
 
-OPTIMIZERS = {"ivon": True, "adamw": False}  # by name, whether it has a posterior
+OPTIMIZERS = {"adamw": False, "ivon": True}  # by name, whether it has a posterior
 TASKS: dict[str, Task] = {**glue.TASKS, **choice.TASKS}
 DEMOS = {"cola": glue.DEMO, "boolq": choice.DEMO}
 METHODS = ("adalora", "lora", "full")

@@ -42,7 +42,7 @@ from harness import glue
 from harness.encoder import TARGETS
 from harness.files import read_tensors
 from harness.metrics import rank_table
-from harness.settings import IDENTITY, SHAPE, TASKS, Parser, Settings, exit_status, task_of
+from harness.settings import IDENTITY, OPTIMIZERS, SHAPE, TASKS, Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from scores import SCORES
 from tools import compare, figures, study
@@ -50,7 +50,6 @@ from tools.finished import COUNT, DAMAGED, FinishedRun, find_runs, read_evaluati
 
 SEEDS = (2021, 2022, 2023, 2024, 2025)
 METHODS = {"full": "full fine-tuning", "lora": "LoRA", "adalora": "AdaLoRA"}  # in the order of [C] table I
-OPTIMIZERS = {"adamw": "AdamW", "ivon": "IVON"}
 OWN_PLACE = {"task", "seed", "method", "optimizer", "score", "target_rank", "demo"}  # shown by themselves
 BATCH = ["batch_size", "grad_accum", "processes"]
 # Length, batches, and checksums of data and frozen weights.
@@ -133,7 +132,8 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 def row_label(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     rank = config["target_rank"] is not None and f"r={config['target_rank']:g}"
-    what = METHODS[config["method"]], OPTIMIZERS[config["optimizer"]], config["score"], rank
+    optimizer = config["optimizer"].upper().replace("ADAM", "Adam")
+    what = METHODS[config["method"]], optimizer, config["score"], rank
     own = settings and f"({settings_text(settings)})"
     return " ".join(part for part in [config["demo"] and "demo", *what, own] if part)
 
