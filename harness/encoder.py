@@ -62,7 +62,8 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase,
         raise
     except Exception as error:  # a damaged checkpoint makes the libraries raise all sorts of things
         kind = UsageError if Path(name).is_dir() else ConnectionError
-        raise kind(f"--model {name} cannot be loaded: {error}") from error
+        where = "" if Path(name).is_dir() else " is no folder here, and"
+        raise kind(f"--model {name}{where} cannot be loaded: {error}") from error
     absent = {*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])}
     if absent := sorted(key for key in absent if choosing or not in_head(key)):
         raise UsageError(f"--model {name} lacks weights: {absent[0]} is missing or misshapen")
@@ -124,7 +125,7 @@ def adapt(
     if settings.method != "full":
         if settings.targets is None:
             maps = ", ".join(linear_maps(model))
-            raise UsageError(f"a {config.model_type} model needs --targets; its linear maps are {maps}")
+            raise UsageError(f"give --targets: the linear maps of this {config.model_type} model are {maps}")
         kind, flag = ("svd", "init_rank") if settings.method == "adalora" else ("lora", "target_rank")
         widest = max(min(m.weight.shape) for m in model.modules() if isinstance(m, nn.Linear))
         if rank > widest:

@@ -44,6 +44,7 @@ HERE = Path(__file__).resolve().parent.parent
 RECORDS = ("metrics.jsonl", "score_agreement.jsonl")
 ADAPTER, POSTERIOR = "adapter/adapter.safetensors", "adapter/posterior.safetensors"  # with the head; its σ
 EVALUATION = ("evaluation.json", "predictions.safetensors")
+OURS = ("results.json", "config.json", *EVALUATION, *RECORDS, ADAPTER, POSTERIOR, "checkpoint")
 IN_RESULTS = ("task", "method", "optimizer", "score", "seed", "demo")  # as in config.json
 FLUSH_EVERY = 50  # updates between two looks at the losses, each of which waits for the device
 RANK_SEEDS = 1_000_003  # between the seeds of two processes
@@ -172,7 +173,7 @@ class Run:
                 files.truncate_records(folder / name, self.progress["step"])
         files.write_json(folder / "next.json", self.config)  # if the disk is full, the old run stays intact
         if not state:
-            for name in ("results.json", "config.json", *EVALUATION, *RECORDS, ADAPTER, POSTERIOR):
+            for name in OURS[:-1]:
                 (folder / name).unlink(missing_ok=True)
             shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         os.replace(folder / "next.json", config)
@@ -263,11 +264,23 @@ class Run:
 def check_output_dir(settings: Settings) -> None:
     """Raise UsageError if a run in the output folder would be lost, or the folder cannot be written."""
     folder = settings.output_dir
+    there = [name for name in OURS if (folder / name).exists()]
+    if there and not any(is_config(folder / name) for name in ("config.json", "next.json")):
+        lost = f"is missing or not a run's, and {there[0]} would be lost"
+        raise UsageError(f"{folder / 'config.json'} {lost}: give another --output_dir")
     if (folder / "config.json").exists() and not (settings.overwrite or settings.resume):
         kind = "a finished run" if is_finished(folder) else "an unfinished run (--resume continues it)"
         raise UsageError(f"{folder} holds {kind}: give --overwrite or another --output_dir")
     for name in ("config.json", ADAPTER, "checkpoint/x"):
         files.check_writable(folder / name, f"--output_dir {folder}")
+
+
+def is_config(path: Path) -> bool:
+    """Whether a file is a run's config.json, and not a model's, say."""
+    try:
+        return "total_steps" in files.read_json(path)
+    except UsageError:
+        return False
 
 
 def is_finished(folder: Path) -> bool:

@@ -60,6 +60,13 @@ def whole(least: int, most: int = 10**9) -> Number:
     return Number(least, most, int)
 
 
+def path(text: str) -> Path:
+    """The parser of a path: an empty one would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
 def setting(group: str | None, default: Any, role: str, parse=None, about="", only=(), **options):
     """A field. `only`: the methods or optimizers that have it; `options`: argparse's; no group: no flag."""
     return field(default=default, metadata=locals())
@@ -94,7 +101,7 @@ class Settings:
     method: str = run("adalora", IDENTITY, None, "full: no adapters", choices=METHODS)
     optimizer: str = run("ivon", IDENTITY, choices=list(OPTIMIZERS))
     model: str | None = run(None, NOTHING, None, "a Hub name or a local checkpoint folder (the papers')")
-    data_dir: Path | None = run(None, NOTHING, Path, "folder with the data sets' own files (the Hub's copy)")
+    data_dir: Path | None = run(None, NOTHING, path, "folder with the data sets' own files (the Hub's copy)")
     holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to hold out, and to evaluate on")
     holdout_seed: int = run(0, SHAPE, any_seed, "seed of that split")
     demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
@@ -132,9 +139,9 @@ class Settings:
     eval_batch_size: int | None = evaluation(None, NUMERICS, count, "examples in a forward pass")
     eval_samples: int | None = evaluation(None, NUMERICS, few(0), "draws to average over (0: none)")
     temperature: float | None = evaluation(None, NUMERICS, from_0, "τ: draw with variance τσ² (1)")
-    train_file: Path | None = own(None, NOTHING, Path, "instead of --task: .csv, .tsv, .json(l), .parquet")
-    validation_file: Path | None = own(None, NOTHING, Path, "or --holdout")
-    test_file: Path | None = own(None, NOTHING, Path, "for tools.evaluate --predict")
+    train_file: Path | None = own(None, NOTHING, path, "instead of --task: .csv, .tsv, .json(l), .parquet")
+    validation_file: Path | None = own(None, NOTHING, path, "or --holdout")
+    test_file: Path | None = own(None, NOTHING, path, "for tools.evaluate --predict")
     columns: list[str] | None = own(None, NUMERICS, None, COLUMNS_HELP, nargs="+", metavar="NAME")
     prompt: str | None = own(None, IDENTITY, None, PROMPT_HELP)
     choices: list[str] | None = own(None, IDENTITY, None, CHOICES_HELP, nargs="+", metavar="WORD")
@@ -147,7 +154,7 @@ class Settings:
     checkpointing: bool = machine(False, NUMERICS, None, "recompute activations: less memory, more time")
     compile: bool = machine(False, NUMERICS, None, "train with torch.compile")
     plain: bool = machine(False, NUMERICS, None, "adapters and penalty without fused.py")
-    output_dir: Path | None = machine(None, NOTHING, Path, FOLDER)
+    output_dir: Path | None = machine(None, NOTHING, path, FOLDER)
     overwrite: bool = machine(False, NOTHING, None, "replace the run in the output folder")
     resume: bool = machine(False, NOTHING, None, "continue the run in the output folder, if there is one")
     checkpoint_every: int | None = machine(None, NOTHING, count, "updates between checkpoints (eval_every)")
@@ -232,7 +239,8 @@ class Settings:
         name = s.train_file.stem if s.name is None else s.name
         taken = {"demo", *TASKS, *(task.folder.lower() for task in TASKS.values())}
         if name.lower() in taken or not re.fullmatch(r"[\w.-]+", name):
-            raise UsageError(f"--name {name}: give letters, digits, '.', '-' or '_', and no task's name")
+            wanted = "letters, digits, '.', '-' or '_', and no task's name"
+            raise UsageError(f"the task cannot be called {name!r}: give --name with {wanted}")
         if s.columns and not 2 <= len(set(s.columns)) == len(s.columns) <= 3:
             raise UsageError(f"--columns {' '.join(s.columns)}: give one or two of text, then the label")
         for file in filter(None, (s.train_file, s.validation_file, s.test_file)):

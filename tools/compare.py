@@ -56,7 +56,7 @@ def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[st
         own = measures[measures["row"] == without_how(row)]
         if own.empty:
             there = sorted({Path(other).name for other in measures["row"]})
-            raise UsageError(f"there is no row {name}; there are {', '.join(there)}")
+            raise UsageError(f"there is no evaluated row {name}; there are {', '.join(there)}")
         there, own = set(own["how"]), own[own["how"] == (how or "mean")]
         if own.empty:
             raise UsageError(f"{name} has no evaluation {how!r}, only {', '.join(sorted(there))}")

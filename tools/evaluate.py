@@ -72,7 +72,7 @@ def check(args: Namespace, task: Task) -> list[str]:
     own = tests[:1] if args.predict or args.test_file else list(task.validation)
     names = own if args.split is None else [args.split]
     if not names:
-        raise UsageError(f"{task.name} has no test split: give --test_file, or --split")
+        raise UsageError(f"{task.name} has no test split: give --split (or --test_file, for your own data)")
     for flag, name in {"--split": names[0], "--fit": args.fit}.items():
         if name not in (None, *task.splits):
             raise UsageError(f"{flag} {name}: {task.name} has {', '.join(task.splits)}")

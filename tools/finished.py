@@ -41,9 +41,9 @@ class FinishedRun(NamedTuple):
 
 def read_run(folder: Path) -> FinishedRun:
     """Raises UsageError unless both files are there and are as a run writes them."""
-    for name, what in (("config.json", "is not a run"), ("results.json", "is not finished")):
+    for name, what in (("config.json", "not a run"), ("results.json", "not finished")):
         if not (folder / name).is_file():
-            raise UsageError(f"{folder} {what}: it has no {name}")
+            raise UsageError(f"{folder}: {what}, it has no {name}")
     config, results = (read_json(folder / name) for name in ("config.json", "results.json"))
     null = {name for name, value in config.items() if value is None}
     config = {f.name: f.default for f in fields(Settings)} | config  # an earlier run has fewer
@@ -99,7 +99,7 @@ def find_runs(folders: list[Path]) -> Iterator[FinishedRun]:
 
 def skip(folder: Path, why: Exception | str) -> None:
     text = str(why) if isinstance(why, (str, UsageError)) else repr(why)
-    text = text.removeprefix(str(folder)).lstrip(": ")
+    text = text.removeprefix(str(folder)).lstrip(":/ ")
     sys.stderr.write(f"skipped {folder}: {' '.join(text.split())}\n")
 
 
@@ -110,8 +110,8 @@ def read_lines(run: FinishedRun, name: str) -> pd.DataFrame:
         flag = " (it takes --track_scores)" * (name == "score_agreement.jsonl")
         raise UsageError(f"no {name}{flag}")
     lines = pd.json_normalize([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
-    if not pd.to_numeric(lines["step"]).between(0, COUNT.most).all():
-        raise UsageError(f"{name} is damaged")
+    if "step" not in lines or not pd.to_numeric(lines["step"]).between(0, COUNT.most).all():
+        raise UsageError(f"{name} is empty or damaged")
     return lines
 
 
@@ -122,6 +122,8 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
     """
     # With --holdout the task's own validation is among its tests, and is what a study is judged by.
     splits = [name for name in (*run.task.tests, *run.task.validation) if not name.startswith("test")]
+    if not (run.folder / "evaluation.json").exists():
+        raise UsageError(f"{run.folder}: not evaluated, run tools.evaluate")
     content = read_json(run.folder / "evaluation.json")
     try:
         rows = pd.DataFrame(content["evaluations"])

@@ -116,6 +116,8 @@ def print_commands(out: Path, more: list[str]) -> None:
 
 def print_report(out: Path) -> None:
     """Each task's trials, and every claim's comparison, from what is finished, as Markdown."""
+    if not out.is_dir():
+        raise UsageError(f"{out} is not a folder of runs")
     for task in TASKS:
         print(f"\n### {task}: the search\n\n| row | trial | held-out score in percent |\n| --- | --- | --- |")
         best = chosen(out, task) or {}

@@ -83,7 +83,7 @@ def test_seeds_are_paired_by_number_and_not_by_order():
 
 
 def test_a_row_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(UsageError, match="no row c; there are a, b"):
+    with pytest.raises(UsageError, match="no evaluated row c; there are a, b"):
         compared(measures({("a", "cola"): A, ("b", "cola"): B}), ["a", "c"])
     with pytest.raises(UsageError, match="b has no evaluation 'tau=1', only mean"):
         compared(measures({("a", "cola"): A, ("b", "cola"): B}), ["a", "b:tau=1"])

@@ -507,3 +507,19 @@ def test_a_path_that_cannot_be_used_is_refused_in_one_line(
     assert run([str(bert) if word == "MODEL" else word for word in PATHS[case]]) == 2
     named = next(name for name in (LONG, "loop", "file") if any(name in word for word in PATHS[case]))
     check_refusal(capsys.readouterr().err, named, tmp_path)
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
+@pytest.mark.parametrize("name", ["config.json", "checkpoint/model.safetensors", "results.json"])
+def test_a_folder_with_files_that_are_no_runs_is_left_as_it_is(
+    name: str, more: list[str], bert: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    """A model's folder, or one's own with a "checkpoint" in it: a run would replace these."""
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"model_type": "bert"}')
+    argv = ["--task", "cola", "--model", str(bert), "--data_dir", str(glue_folder), "--max_steps", "2"]
+    assert run([*argv, "--output_dir", str(tmp_path / "mine"), *more]) == 2
+    assert "would be lost: give another --output_dir" in capsys.readouterr().err
+    assert [p for p in (tmp_path / "mine").rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == '{"model_type": "bert"}'

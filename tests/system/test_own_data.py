@@ -276,8 +276,8 @@ def test_bad_json_lines_are_refused_by_file_and_row(case: str, tmp_path: Path):
 FLAGS = {
     "nothing to validate on": (["--train_file", "T"], "--validation_file"),
     "a GLUE task": (["--train_file", "T", "--holdout", "0.2", "--task", "cola"], "--task"),
-    "a GLUE task's name": (["--train_file", "T", "--holdout", "0.2", "--name", "cola"], "--name cola"),
-    "a path for a name": (["--train_file", "T", "--holdout", "0.2", "--name", "../x"], "--name ../x"),
+    "a GLUE task's name": (["--train_file", "T", "--holdout", "0.2", "--name", "cola"], "called 'cola'"),
+    "a path for a name": (["--train_file", "T", "--holdout", "0.2", "--name", "../x"], "called '../x'"),
     "four columns": (["--train_file", "T", "--holdout", "0.2", "--columns", *"abcd"], "--columns a b c d"),
     "a metric of numbers": (
         ["--train_file", "T", "--holdout", "0.2", "--metric", "pearson"],
@@ -397,7 +397,7 @@ def test_a_share_of_train_can_be_held_out(moods: list[str], bert: Path, tmp_path
     assert read(output / "results.json")["metric"] == "macro_f1"
     evaluate.main([str(output)])
     assert [row["split"] for row in read(output / "evaluation.json")["evaluations"]] == ["holdout"]
-    with pytest.raises(UsageError, match="no test split: give --test_file"):
+    with pytest.raises(UsageError, match="no test split: give --split"):
         evaluate.main([str(output), "--predict", str(tmp_path / "out.tsv")])
 
 

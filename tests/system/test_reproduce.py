@@ -408,7 +408,7 @@ def test_demo_runs_and_unfinished_runs_stay_out_of_the_table_by_name(
     out, err = output(capsys, "table", runs)
     assert out == expected
     assert "demo: a demo run" in err
-    assert "stopped: is not finished" in err
+    assert "stopped: not finished" in err
 
 
 BROKEN = {
@@ -1062,7 +1062,7 @@ def test_compare_prints_paired_differences_over_the_evaluated_seeds(
     assert f"{d.mean():+.4f} [" in line
     assert "| 3 |" in line
     _, err = output(capsys, "compare", tmp_path / "adalora", tmp_path / "full", status=2)
-    assert "no row full; there are adalora, lora" in err
+    assert "no evaluated row full; there are adalora, lora" in err
     shutil.copytree(tmp_path / "cola", tmp_path / "again/cola")
     damaged = tmp_path / "again/cola/lora-s1"
     (damaged / "evaluation.json").write_text("{}")
