@@ -1,6 +1,6 @@
 """What a run has on disk: settings, records, best adapter, checkpoints; and resuming from them.
 
-    check_output_dir(settings)                                   # before anything is loaded
+    check_output_dir(settings)                             # before anything is loaded
     with Run(settings, model, objects, evaluate, checksums) as run:
         for t in run.updates():
             ...
