@@ -62,11 +62,11 @@ def train(settings: Settings) -> None:
     batches, splits = batches_of(data, tokenizer, settings)
     longest = [split.batches[-1] for split in splits.values()]
     encoder.check_forward_backward(model, settings.model, batches.longest(), longest)
-    adapters = [p for layer in layers.values() for p in layer.parameters()] or list(model.parameters())
+    adapted = [p for layer in layers.values() for p in layer.parameters()] or list(model.parameters())
 
     def evaluate() -> tuple[dict[str, dict], dict[str, Tensor], dict[str, float]]:
         sigma = prediction.sigma_by_name(model, optimizer)
-        return prediction.evaluate(model, splits, settings, sigma), sigma, diagnostics(optimizer, adapters)
+        return prediction.evaluate(model, splits, settings, sigma), sigma, diagnostics(optimizer, adapted)
 
     objects = {"optimizer": optimizer, "allocator": allocator}
     checksums = {"encoder": run_folder.fingerprint(model), "data": batches.checksum(splits.values())}

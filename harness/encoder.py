@@ -69,7 +69,8 @@ def load_model(settings: Settings, task: Task) -> tuple[PreTrainedTokenizerBase,
         raise UsageError(f"--model {name} lacks weights: {absent[0]} is missing or misshapen")
     highest, weights = max(tokenizer.get_vocab().values()), model.get_input_embeddings().num_embeddings
     if highest >= weights:
-        raise UsageError(f"--model {name}: the tokenizer has token {highest}, the model only {weights}")
+        embeds = f"the tokenizer has a token {highest}, the model embeds {weights}"
+        raise UsageError(f"--model {name}: {embeds}")
     if choosing:
         causal.answer_by_choosing(model, causal.choice_tokens(tokenizer, task, name))
         causal.pad_left(tokenizer, name)

@@ -112,7 +112,7 @@ def describe(path: Path, columns: list[str] | None, regression: bool) -> tuple[l
                 raise UsageError(f"{path}:{row}: the label {shown(text)} is not a number, and others are")
     counts = Counter(labels.values())
     if len(counts) == 1:
-        raise UsageError(f"{path}: every example has the label {shown(*counts)}; two are needed")
+        raise UsageError(f"{path}: every example has the label {shown(*counts)}; there must be two")
     if regression:
         return columns, [], len(rows)
     for row, text in labels.items():
@@ -130,7 +130,8 @@ def load(
     from datasets import Dataset  # which takes seconds
 
     if data_dir and len({path.name for path in files.values()}) < len(files):
-        raise UsageError(f"--data_dir {data_dir}: two of the run's files have the same name")
+        same = "two of the run's files have the same name, and cannot both be there"
+        raise UsageError(f"--data_dir {data_dir}: {same}")
     loaded = {}
     for split in splits or files:
         path = Path(data_dir) / files[split].name if data_dir else files[split]

@@ -132,7 +132,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 def row_label(config: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     rank = config["target_rank"] is not None and f"r={config['target_rank']:g}"
-    optimizer = config["optimizer"].upper().replace("ADAM", "Adam")
+    optimizer = {"adamw": "AdamW"}.get(config["optimizer"], config["optimizer"].upper())
     what = METHODS[config["method"]], optimizer, config["score"], rank
     own = settings and f"({settings_text(settings)})"
     return " ".join(part for part in [config["demo"] and "demo", *what, own] if part)

@@ -251,7 +251,7 @@ UNFIT = {
     "tuples for outputs": ({"return_dict": False}, {}, {}, "'tuple' object has no attribute 'logits'"),
     "words for a number": ({"max_position_embeddings": "x"}, {}, {}, "max_position_embeddings"),
     "one type of token for pairs": ({}, {}, {TYPES: (1, 16)}, "does not work on texts of at most"),
-    "a small vocabulary": ({}, {}, {WORDS_OF: (9, 16)}, "token 24, the model only 9"),
+    "a small vocabulary": ({}, {}, {WORDS_OF: (9, 16)}, "token 24, the model embeds 9"),
     "a pooler of another width": ({}, {}, {"pooler.dense.weight": (8, 16)}, None),
     "another number of heads": ({"num_attention_heads": 3}, {}, {}, "attention heads"),
     "no activation": ({"hidden_act": "nope"}, {}, {}, "nope"),

@@ -260,6 +260,45 @@ def test_the_papers_length_is_shared_between_the_processes(process_1_of_2, monke
     assert (four.tinit, four.tfinal, four.delta_t) == (800, 3500, 10)
 
 
+# IVON with DistributedDataParallel on a quadratic of curvature 1, at a step of 0; prints the mean of h.
+WITH_DDP = """
+import contextlib, sys
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from ivon import IVON
+
+class Quadratic(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.theta = torch.nn.Parameter(torch.zeros(5_000))
+
+    def forward(self):
+        return 0.5 * self.theta.square().sum()
+
+dist.init_process_group("gloo")
+torch.manual_seed(dist.get_rank())
+model = DistributedDataParallel(Quadratic())
+optimizer = IVON(model.parameters(), lr=0.0, ess=1e3, hess_init=1.0, beta2=0.98, weight_decay=0, sync=True)
+for _ in range(300):
+    with model.no_sync() if sys.argv[1] == "no_sync" else contextlib.nullcontext():
+        with optimizer.sampled_params(train=True):
+            model().backward()
+    optimizer.step()
+if dist.get_rank() == 0:
+    print(optimizer.state[model.module.theta]["h"].mean().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "h"), [("no_sync", 1.0), ("averaged", 0.5)])
+def test_gradients_that_ddp_averages_first_are_a_share_of_the_curvature(how: str, h: float, tmp_path: Path):
+    (tmp_path / "with_ddp.py").write_text(WITH_DDP)
+    done = torchrun(tmp_path / "with_ddp.py", how)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(h, rel=0.1)
+
+
 # --- an end before the end ----------------------------------------------------------------------------------
 
 
