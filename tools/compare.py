@@ -106,8 +106,8 @@ def compared(measures: pd.DataFrame, rows: list[str]) -> pd.DataFrame:
     return table
 
 
-def print_compare(rows: list[str], split: str) -> None:
-    """The comparison as Markdown; score and ECE in points."""
+def print_compare(rows: list[str], split: str) -> pd.DataFrame:
+    """Print the comparison as Markdown, score and ECE in points, and return it."""
     if len(rows) < 2:
         raise UsageError("give two rows or more: the first is compared with the others")
     table = compared(read_measures(rows, split), rows)
@@ -120,3 +120,4 @@ def print_compare(rows: list[str], split: str) -> None:
         interval = f"{line.difference:+.{digits}f} [{line.low:+.{digits}f}, {line.high:+.{digits}f}]"
         what = f"{line.row} | {line.against} | {line.measure} | {line.task} | {interval}"
         print(f"| {what} | {line.n} | {line.p:.2g} | {line.holm:.2g} | {line.verdict} |")
+    return table

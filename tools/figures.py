@@ -12,6 +12,7 @@ import pandas as pd
 from harness.files import check_writable, write_atomically
 from harness.metrics import rank_rows, reliability
 from harness.task import UsageError
+from tools.compare import LOWER_IS_BETTER, MEASURES
 
 try:
     import matplotlib
@@ -141,6 +142,37 @@ def agreement(found: dict[str, Agreement]) -> "plt.Figure":
             axis.grid(alpha=0.3)
     title = "Spearman above the diagonal, Jaccard of the kept below: at the last allocation"
     figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def differences(table: pd.DataFrame) -> "plt.Figure":
+    """Paired differences with their 95% intervals, a panel a measure; filled where they are better or worse.
+
+    `table`: as `compare.compared` returns it.
+    """
+    pairs = list(dict.fromkeys(zip(table["row"], table["against"], strict=True)))
+    tasks, measures = (list(dict.fromkeys(table[name])) for name in ("task", "measure"))
+    size = (2.5 + 2.6 * len(measures), 1.2 + (0.25 + 0.1 * len(tasks)) * len(pairs))
+    shared = {"squeeze": False, "sharey": True, "layout": "constrained"}
+    figure, axes = plt.subplots(1, len(measures), figsize=size, **shared)
+    for axis, measure in zip(axes.flat, measures, strict=True):
+        for line in table[table["measure"] == measure].itertuples():
+            i = tasks.index(line.task)
+            y = pairs.index((line.row, line.against)) + 0.6 * ((i + 0.5) / len(tasks) - 0.5)
+            fill = "white" if line.verdict == "not distinguishable" else f"C{i}"
+            axis.plot([line.low, line.high], [y, y], color=f"C{i}", linewidth=1)
+            axis.plot(line.difference, y, "o", color=f"C{i}", markerfacecolor=fill, markersize=4)
+        name = {"nll": "NLL", "ece": "ECE", "brier": "Brier score"}.get(measure, measure)
+        unit = ", points" * (MEASURES[measure] == 100)
+        better = "left" if measure in LOWER_IS_BETTER else "right"
+        axis.set_title(f"{name}{unit} (better: {better})", fontsize=8)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_yticks(range(len(pairs)), [f"{row}\n− {against}" for row, against in pairs], fontsize=6)
+    axes[0, 0].invert_yaxis()
+    lines = [plt.Line2D([], [], marker="o", color=f"C{i}", label=task) for i, task in enumerate(tasks)]
+    figure.legend(handles=lines, fontsize=7, loc="outside lower center", ncols=len(tasks))
     return figure
 
 

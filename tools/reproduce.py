@@ -5,7 +5,7 @@
     python -m tools.reproduce commands --tasks rte -- --bf16       # flags that every line gets
     python -m tools.reproduce study runs -- --model MODEL          # results/study.md: what is not finished
     python -m tools.reproduce table runs                           # Table I as Markdown
-    python -m tools.reproduce report runs                          # the study's trials and comparisons
+    python -m tools.reproduce report runs -o report.png            # the study's trials and comparisons
     python -m tools.reproduce compare runs/A runs/B runs/C         # A against B and C, seed by seed
     python -m tools.reproduce ranks runs/A runs/B -o ranks.png     # Figure 1; without -o as text
     python -m tools.reproduce curves runs -o curves.png            # score (or --of clipped), budget
@@ -416,6 +416,20 @@ def print_temperature(args: Namespace) -> None:
         figures.save(figures.temperature(drawn), args.o)
 
 
+# ---- comparisons ----------------------------------------------------------------------------------------
+
+
+def print_differences(args: Namespace) -> None:
+    if args.verb == "report":
+        table = study.print_report(args.out)
+    else:
+        table = compare.print_compare(args.rows, args.split)
+    if args.o and table.empty:
+        raise UsageError("there is nothing to plot: no comparison is finished")
+    if args.o:
+        figures.save(figures.differences(table), args.o)
+
+
 # ---- main ----------------------------------------------------------------------------------------------
 
 
@@ -427,6 +441,9 @@ VERBS = {
     "calibration": (print_calibration, "accuracy, NLL, ECE, Brier score; a reliability diagram"),
     "temperature": (print_temperature, "error and NLL against τ"),
 }
+
+
+PICTURE = {"type": Path, "metavar": "PICTURE", "help": "a file: .png, .pdf, .svg"}
 
 
 def parse(argv: list[str] | None = None) -> Namespace:
@@ -446,18 +463,19 @@ def parse(argv: list[str] | None = None) -> Namespace:
     lines.set_defaults(do=lambda args: study.print_commands(args.out, args.flags))
     report = verbs.add_parser("report", help="the study's trials and comparisons, from what is finished")
     report.add_argument("out", type=Path, help="where its runs are")
-    report.set_defaults(do=lambda args: study.print_report(args.out))
     comparison = verbs.add_parser("compare", help=compare.__doc__.split("\n")[0])
     comparison.add_argument("rows", nargs="+", metavar="ROW", help="the first against the others")
     comparison.add_argument("--split", default="validation", help="as tools.evaluate had it (validation)")
-    comparison.set_defaults(do=lambda args: compare.print_compare(args.rows, args.split))
+    for verb in (report, comparison):
+        verb.add_argument("-o", **PICTURE)
+        verb.set_defaults(do=print_differences)
     naming = {"metavar": ("LABEL", "KEY=VALUE"), "help": "name a group of settings (* is any value)"}
     for name, (do, about) in VERBS.items():
         verb = verbs.add_parser(name, help=about)
         verb.add_argument("runs", nargs="+", type=Path, help="folders of runs")
         verb.add_argument("--name", nargs="+", action="append", default=[], **naming)
         if name != "table":
-            verb.add_argument("-o", type=Path, metavar="PICTURE", help="a file: .png, .pdf, .svg")
+            verb.add_argument("-o", **PICTURE)
         if name == "curves":
             verb.add_argument("--of", choices=DIAGNOSTICS, help="a diagnostic of IVON instead of the score")
         verb.set_defaults(do=do)

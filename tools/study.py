@@ -9,6 +9,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import pandas as pd
+
 from harness.task import UsageError
 from tools.compare import print_compare
 from tools.finished import read_run
@@ -114,8 +116,11 @@ def print_commands(out: Path, more: list[str]) -> None:
                 print(shlex.join(["python", "-m", "tools.evaluate", str(out / name), *how]))
 
 
-def print_report(out: Path) -> None:
-    """Each task's trials, and every claim's comparison, from what is finished, as Markdown."""
+def print_report(out: Path) -> pd.DataFrame:
+    """Print each task's trials and every claim's comparison, from what is finished, as Markdown.
+
+    Returns the comparisons.
+    """
     if not out.is_dir():
         raise UsageError(f"{out} is not a folder of runs")
     for task in TASKS:
@@ -127,9 +132,11 @@ def print_report(out: Path) -> None:
                     run = read_run(out / f"{task}/search/{row}-{i}").results
                     mark = " (chosen)" * (best.get(row) == f"{what} {trial}")
                     print(f"| {row} | `{trial}`{mark} | {100 * run['last'][run['metric']]:.2f} |")
+    tables = []
     for title, rows in CLAIMS.items():
         print(f"\n### {title}\n")
         try:
-            print_compare([str(out / row) for row in rows], "validation")
+            tables.append(print_compare([str(out / row) for row in rows], "validation"))
         except UsageError as error:
             print(f"Not finished: {error}.")
+    return pd.concat(tables) if tables else pd.DataFrame()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy
 import torch
 from conftest import write_glue
 from safetensors.torch import save_file
@@ -1044,14 +1045,43 @@ def test_the_study_searches_first_and_then_runs_fresh_seeds_at_what_it_chose(
     assert "| adalora-adamw | `--lr 2e-3` (chosen) | 50.00 |" in out
 
 
+def two_rows(runs: Path) -> None:
+    """Rows "lora" and "adalora", whose NLL differ by 0.1, 0.13 and 0.11."""
+    for row, nll in (("lora", 0.5), ("adalora", 0.4)):
+        for seed, shift in ((1, 0.0), (2, 0.03), (3, 0.01)):
+            folder = runs / f"cola/{row}-s{seed}"
+            write_run(folder, ["--task", "cola", *SMALL, "--seed", str(seed)], 0.5)
+            evaluate(folder, {(0, 0.0): nll + shift * (2 if row == "lora" else 1)})
+
+
+def test_the_picture_of_a_comparison_has_differences_with_their_intervals(tmp_path: Path, drawn):
+    two_rows(tmp_path)
+    score, nll, *_ = drawn("compare", tmp_path / "adalora", tmp_path / "lora").axes
+    d = np.array([-0.1, -0.13, -0.11])
+    half = scipy.stats.t.ppf(0.975, 2) * d.std(ddof=1) / np.sqrt(3)
+    interval, mean, zero = nll.lines
+    assert interval.get_xdata() == pytest.approx([d.mean() - half, d.mean() + half])
+    assert (mean.get_xdata()[0], zero.get_xdata()[0]) == (pytest.approx(d.mean()), 0)
+    assert mean.get_markerfacecolor() == mean.get_color()  # better, p = 0.006 of four
+    assert score.lines[1].get_markerfacecolor() == "white"  # the same
+    assert [axis.get_title() for axis in (score, nll)] == [
+        "score, points (better: right)",
+        "NLL (better: left)",
+    ]
+    (label,) = score.get_yticklabels()
+    assert label.get_text() == "adalora\n− lora"
+
+
+def test_the_picture_of_a_study_needs_a_comparison(tmp_path: Path, capsys: pytest.CaptureFixture):
+    _, err = output(capsys, "report", tmp_path, "-o", tmp_path / "x.png", status=2)
+    assert "no comparison is finished" in err
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_compare_prints_paired_differences_over_the_evaluated_seeds(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ):
-    for row, nll in (("lora", 0.5), ("adalora", 0.4)):
-        for seed, shift in ((1, 0.0), (2, 0.03), (3, 0.01)):
-            folder = tmp_path / f"cola/{row}-s{seed}"
-            write_run(folder, ["--task", "cola", *SMALL, "--seed", str(seed)], 0.5)
-            evaluate(folder, {(0, 0.0): nll + shift * (2 if row == "lora" else 1)})
+    two_rows(tmp_path)
     trial = tmp_path / "cola/search/lora-0"  # judged on something else, and no row
     write_run(trial, ["--task", "cola", *SMALL], 0.5)
     (trial / "evaluation.json").write_text('{"evaluations": [{"split": "holdout"}]}')
