@@ -152,7 +152,7 @@ def differences(table: pd.DataFrame) -> "plt.Figure":
     """
     pairs = list(dict.fromkeys(zip(table["row"], table["against"], strict=True)))
     tasks, measures = (list(dict.fromkeys(table[name])) for name in ("task", "measure"))
-    size = (2.5 + 2.6 * len(measures), 1.2 + (0.25 + 0.1 * len(tasks)) * len(pairs))
+    size = (2.5 + 2.6 * len(measures), 1.2 + (0.25 + 0.07 * len(tasks)) * len(pairs))
     shared = {"squeeze": False, "sharey": True, "layout": "constrained"}
     figure, axes = plt.subplots(1, len(measures), figsize=size, **shared)
     for axis, measure in zip(axes.flat, measures, strict=True):
@@ -168,6 +168,7 @@ def differences(table: pd.DataFrame) -> "plt.Figure":
         axis.set_title(f"{name}{unit} (better: {better})", fontsize=8)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.tick_params(labelsize=7)
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
     axes[0, 0].set_yticks(range(len(pairs)), [f"{row}\n− {against}" for row, against in pairs], fontsize=6)
     axes[0, 0].invert_yaxis()
