@@ -43,8 +43,7 @@ def train(settings: Settings) -> None:
     data = task.load(settings.data_dir, ("train", *task.validation))
     torch.manual_seed(settings.seed)
     tokenizer, model = encoder.load_model(settings, task)
-    about_model = encoder.default_targets(model), encoder.is_causal(model)
-    settings = settings.resolve(len(data["train"]), *about_model)
+    settings = settings.resolve(len(data["train"]), encoder.default_targets(model), encoder.is_causal(model))
 
     # Inject W + s·PΛQ
     layers = encoder.adapt(model, tokenizer, settings)  # {} with --method full
@@ -73,7 +72,8 @@ def train(settings: Settings) -> None:
     adapter_parameters = encoder.count_parameters(model)
     with run_folder.Run(settings, model, objects, evaluate, checksums) as run:
         if run.finished:
-            print(f"the run in {settings.output_dir} is finished")
+            if run.first:
+                print(f"the run in {settings.output_dir} is finished")
             return
 
         # [C] Algorithm 1 (Chen and Garner; line by line in docs/method.md)

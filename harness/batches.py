@@ -103,20 +103,23 @@ class Batches:
         # Without waiting, on CUDA alone: on MPS such a copy may read memory that is free again.
         self.copying = {"non_blocking": settings.device.startswith("cuda")}
         self.lengths = torch.tensor([len(example["input_ids"]) for example in features])
-        self.micro, self.by_length, self.seed = settings.batch_size, settings.group_by_length, settings.seed
+        self.micro, self.by_length = settings.batch_size, settings.group_by_length
         # Examples in an update, at most all there are: a huge setting would overflow.
         self.size = min(settings.batch_size * settings.grad_accum * settings.processes, len(features))
         self.per_epoch = math.ceil(len(features) / self.size)
-        self.epochs: list[list[Tensor]] = []  # all but the latest are empty
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.epoch, self.batches = -1, []  # the current epoch, counted from 0
 
     def of_update(self, t: int) -> Iterator[tuple[Mapping[str, Tensor], Tensor, float]]:
         """The micro-batches of update t, counted from 1: inputs, labels, share of the update's examples.
 
-        Each of several processes gets its own micro-batches; the shares are such that the processes' average
-        gradient is the mean over the update.
+        Updates come in order, but can begin anywhere. Each of several processes gets its own micro-batches;
+        the shares are such that the processes' average gradient is the mean over the update.
         """
         epoch, i = divmod(t - 1, self.per_epoch)
-        batch = self._epoch(epoch)[i]
+        while self.epoch < epoch:
+            self.epoch, self.batches = self.epoch + 1, self._shuffled()
+        batch = self.batches[i]
         batch = batch[self.lengths[batch].argsort()]  # micro-batches of similar length need less padding
         own = processes.own_share(batch)
         for micro in own.split(self.micro) if len(own) else ():
@@ -135,16 +138,11 @@ class Batches:
         judged = [batch["input_ids"] for split in splits for batch in split.batches]
         return checksum([tokens, self.labels, *judged, *(split.labels for split in splits)])
 
-    def _epoch(self, epoch: int) -> list[Tensor]:
-        """The batches of an epoch, counted from 0: indices of examples; the last batch may be smaller."""
-        if not self.epochs:
-            self.generator = torch.Generator().manual_seed(self.seed)
-        while len(self.epochs) <= epoch:
-            self.epochs = [[]] * len(self.epochs) + [self._shuffled()]
-        return self.epochs[epoch]
-
     def _shuffled(self) -> list[Tensor]:
-        """With `by_length` the examples of GROUP batches are sorted, and the batches come in random order."""
+        """The next epoch's batches: indices of examples; the last batch may be smaller.
+
+        With `by_length` the examples of GROUP batches are sorted, and the batches come in random order.
+        """
         order = torch.randperm(len(self.features), generator=self.generator)
         if not self.by_length:
             return list(order.split(self.size))

@@ -138,9 +138,7 @@ def read_examples(
                 raise ValueError(f"{wrong[0]} is {found[wrong[0]]!r}, which is not text")
         except KeyError as error:
             raise UsageError(f"{where}:{number}: {error} is missing") from None
-        except ValueError as error:
-            raise UsageError(f"{where}:{number}: {error}") from None
-        except TypeError as error:  # something else where an object or a list belongs
+        except (TypeError, ValueError) as error:
             raise UsageError(f"{where}:{number}: not a row of this data set: {error}") from None
         yield found | {"idx": idx}
 

@@ -19,28 +19,18 @@ from torch import Tensor
 from harness.task import UsageError
 
 
-@contextlib.contextmanager
-def with_path(path: Path) -> Iterator[None]:
-    """Add the path to an OSError from the block: a full disk's has none."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Write a temporary file, then rename it."""
     temporary = path.with_name(path.name + ".new")
-    with with_path(path):
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # a full disk's has no path
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -61,8 +51,11 @@ def read_json(path: Path) -> dict:
 
 def append(path: Path, records: list[dict]) -> None:
     """Add lines to a JSON-lines file."""
-    with with_path(path), path.open("a") as file:
-        file.write("".join(json.dumps(record) + "\n" for record in records))
+    try:
+        with path.open("a") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def truncate_records(path: Path, step: int) -> None:

@@ -105,7 +105,7 @@ def load_task(
         data_dir: a folder in GLUE's own layout; without it, the Hub's copy.
         splits: which ones; only their files have to be there.
 
-    A test file that has labels is read with them; one that has not, with its own numbers as "idx".
+    A test file with labels is read with them; in one without, "idx" is the file's own number of a row.
 
     Raises OSError where a file is missing or the Hub does not answer, UsageError ("file:line: what") where a
     file is not as it should be.
@@ -145,7 +145,8 @@ def glue_task(name, folder, text, labels=(), written=DIGITS, metric="accuracy", 
     functions = {"load": partial(load_task, name), "metrics": partial(task_metrics, name)}
     functions |= {"settings": partial(published, name)}
     columns = {"text": text, "cut": text, "labels": labels, "written": written}
-    columns |= dict(zip(("prompt", "choices"), PROMPTS.get(name, ("", ())), strict=True))
+    prompt, choices = PROMPTS.get(name, ("", ()))
+    columns |= {"prompt": prompt, "choices": choices}
     size = TABLE[name][0]
     return Task(name, folder, metric=metric, train_size=size, **columns, **functions, **more)
 

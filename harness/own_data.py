@@ -1,4 +1,4 @@
-"""A data set of one's own as a Task: from a training file and, if there are, a validation and a test file.
+"""A data set of one's own as a Task: from a training file, and optional validation and test files.
 
 Files are CSV, TSV, JSON lines or Parquet, with one or two columns of text and a label. In a CSV file text in
 quotation marks may have commas and line ends in it; in a TSV file a quotation mark is a plain character.
@@ -75,9 +75,7 @@ def check_prompt(
     named, texts = FIELD.findall(prompt), columns[:-1]
     if not named or not {*named} <= {*texts}:
         braces = " and ".join(f"{{{name}}}" for name in texts)
-        raise UsageError(
-            f"--prompt {shown(prompt)}: the text columns belong in braces, {braces}, and no other"
-        )
+        raise UsageError(f"--prompt {prompt!r}: the text columns belong in braces, {braces}, and no other")
     order = ", ".join(labels)[:200]
     if choices and not len(set(choices)) == len(choices) == len(labels):
         raise UsageError(f"--choices: give {len(labels)} words, for the labels {order}")
@@ -174,10 +172,7 @@ def has_label(value: Any, labels: list[str]) -> bool:
 def check_columns(path: Path, there: Collection[str], columns: list[str]) -> None:
     if missing := [name for name in columns if name not in there]:
         names = ", ".join(map(repr, there))[:200]
-        hint = "name text and label by --columns"
-        if len(there) == 1 and path.suffix.lower() in DIALECTS:
-            hint = "is it separated by commas (.csv) or tabs (.tsv)?"
-        raise UsageError(f"{path} has no column {missing[0]!r}, only {names}: {hint}")
+        raise UsageError(f"{path} has no column {missing[0]!r}, only {names}: name yours by --columns")
 
 
 def label_text(path: Path, row: int, value: Any) -> str:
@@ -225,13 +220,12 @@ def read_table(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         reader = csv.reader(file, **DIALECTS[path.suffix.lower()])
         try:
             header = next(filter(None, reader), [])
-            check_no_duplicates(path, 1, header)
+            check_no_duplicates(header)
             for fields in filter(None, reader):  # no blank lines
                 if len(fields) != len(header):
-                    needs = f"{len(header)} ({', '.join(header)[:200]})"
-                    raise UsageError(f"{path}:{reader.line_num}: {len(fields)} fields, not {needs}")
+                    raise ValueError(f"{len(fields)} fields, not {len(header)} ({', '.join(header)[:200]})")
                 yield reader.line_num, dict(zip(header, fields, strict=True))
-        except csv.Error as error:
+        except (csv.Error, ValueError) as error:
             raise UsageError(f"{path}:{reader.line_num}: {error}") from None
 
 
@@ -240,18 +234,16 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         for row, line in enumerate(file, start=1):
             if line.strip():
                 try:
-                    fields = json.loads(line, object_pairs_hook=partial(as_dict, path, row))
-                except UsageError:
-                    raise
+                    fields = json.loads(line, object_pairs_hook=as_dict)
+                    if not isinstance(fields, dict):
+                        raise ValueError("a line is one object")
                 except (ValueError, RecursionError) as error:
                     raise UsageError(f"{path}:{row}: not JSON lines: {error}") from None
-                if not isinstance(fields, dict):
-                    raise UsageError(f"{path}:{row}: not JSON lines: a line is one object")
                 yield row, fields
 
 
-def as_dict(path: Path, row: int, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    check_no_duplicates(path, row, [name for name, _ in pairs])
+def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    check_no_duplicates([name for name, _ in pairs])
     return dict(pairs)
 
 
@@ -261,13 +253,9 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from datasets import ClassLabel, Dataset
 
     try:
-        kinds = pyarrow.parquet.read_schema(path)
-        plain = [field.name for field in kinds if not pyarrow.types.is_nested(field.type)]
-        check_no_duplicates(path, 1, plain)
-        table = pyarrow.parquet.read_table(path, columns=plain)
-    except pyarrow.ArrowException as error:
+        data = Dataset(pyarrow.parquet.read_table(path))
+    except (pyarrow.ArrowException, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
-    data = Dataset(table)
     classes = {name: f.names for name, f in data.features.items() if isinstance(f, ClassLabel)}
     for row, fields in enumerate(data, start=1):
         numbers = {name: fields[name] for name in classes}
@@ -275,6 +263,6 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield row, fields | named
 
 
-def check_no_duplicates(path: Path, row: int, names: list[str]) -> None:
+def check_no_duplicates(names: list[str]) -> None:
     if twice := [name for name, n in Counter(names).items() if n > 1]:
-        raise UsageError(f"{path}:{row}: there are two columns {twice[0]!r}")
+        raise ValueError(f"there are two columns {twice[0]!r}")

@@ -103,24 +103,24 @@ class Run:
         """
         s, final = self.settings, t == self.settings.total_steps
         evaluating = final or t % s.eval_every == 0
-        saving = (t % s.checkpoint_every == 0 if s.checkpoint_every else evaluating) and not final
+        saving = t % s.checkpoint_every == 0 if s.checkpoint_every else evaluating
         self.pending.append(({"step": t, "loss": None, "lr": lr, "budget": budget}, loss))
         if tracked and tracked["step"] == t and self.first:
             self._record_agreement(**tracked)
         stopping = self.signal
-        looking = evaluating or saving or stopping
-        if looking or len(self.pending) == FLUSH_EVERY:
+        if evaluating or saving or stopping or len(self.pending) == FLUSH_EVERY:
             self._write_losses()
-        if looking:
             self._check_finite(t)
         self.progress["step"] = t
         if evaluating:
-            saving |= self._evaluate(t, lr) and not final  # the best adapter with its checkpoint
+            saving |= self._evaluate(t, lr)  # the best adapter with its checkpoint
             stopping = self.signal  # it may have come meanwhile
         self.progress["seconds"] = time.perf_counter() - self.began
-        if saving or (stopping and not final):
+        if final:
+            return
+        if saving or stopping:
             self._save()
-        if stopping and not final:
+        if stopping:
             name = signal.Signals(stopping).name
             raise EndsRun(f"{name} after step {t}; --resume continues from there", 128 + stopping)
 
@@ -147,10 +147,10 @@ class Run:
     def _begin_or_resume(self) -> None:
         folder, config, state = self.folder, self.folder / "config.json", None
         here = provenance(self.model.device)
-        resuming = self.settings.resume and (config.exists() or checkpoints(folder / "checkpoint"))
+        resuming = self.settings.resume and config.exists()
         self.finished = resuming and is_finished(folder)
         if resuming:
-            before = files.read_json(config)  # checkpoints are of no use without it
+            before = files.read_json(config)
             check_same(self.config, before, folder)
             state = None if self.finished else load_checkpoint(folder / "checkpoint")
         if processes.rank():  # draws and dropout of its own
@@ -158,8 +158,7 @@ class Run:
         if state:
             self._restore(state)
             resumed = {"step": self.progress["step"], **here}
-            moved = {f.name: self.config[f.name] for f in fields(Settings) if f.metadata["role"] == NOTHING}
-            self.config = before | moved | {"resumed": [*before.get("resumed", []), resumed]}
+            self.config = before | self.config | {"resumed": [*before.get("resumed", []), resumed]}
         else:
             self.config |= here
         processes.wait_for_all()  # the others have read the folder
@@ -288,10 +287,7 @@ def is_finished(folder: Path) -> bool:
 
 
 def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
-    """Raise UsageError for the first setting or checksum that differs from the run's in the folder.
-
-    Settings that decide weights and tokens are compared before their checksums.
-    """
+    """Raise UsageError for the first setting or checksum that differs from the run's in the folder."""
     own = settings["train_file"] is not None
     data = "a file of --train_file or --validation_file" if own else "--data_dir"
     other = {"encoder": f"--model {settings['model']} has other weights", "data": f"{data} has other data"}
@@ -299,8 +295,7 @@ def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     said = {f.name: f"--{f.name}" if f.metadata["group"] else f.name for f in compared}
     said |= {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
     said |= {"task": "--name"} if own else {}
-    first = ["task", "holdout", "holdout_seed", "base_dtype", "prompt", "choices", "max_length"]
-    for name in dict.fromkeys([*first, *other, *said]):
+    for name in [*said, *other]:  # settings decide weights and tokens, too: they come first
         now = settings.get(name)
         then = before.get(name, now)
         if name == "device":  # any GPU is as good
@@ -370,8 +365,7 @@ def load_checkpoint(folder: Path) -> dict | None:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         damaged.append(str(path))
     if damaged:
-        hint = "there is no earlier checkpoint: start again with --overwrite"
-        raise UsageError(f"{', '.join(damaged)}: damaged, and {hint}")
+        raise UsageError(f"{', '.join(damaged)}: damaged; start again with --overwrite")
     return None
 
 
@@ -413,7 +407,7 @@ def load_adapter(folder: Path, model: nn.Module, settings: Settings) -> dict[str
     sigma = files.read_tensors(folder / POSTERIOR)[0] if (folder / POSTERIOR).exists() else {}
     try:
         if metadata != scale(settings):
-            raise RuntimeError("it has another scale")
+            raise RuntimeError("its scaling differs")
         model.load_state_dict(tensors, strict=False)
         kinds = {name: (p.shape, torch.float32) for name, p in trained_parameters(model).items()}
         for found in (tensors, sigma or tensors):

@@ -291,7 +291,7 @@ class Settings:
         T = values.get("max_steps") if self.epochs is None or self.max_steps else None
         T = T or math.ceil(values["epochs"] * per_epoch)
         if T not in count:
-            raise UsageError(f"--epochs {self.epochs:g} makes {T} updates; at most {count.most} can be")
+            raise UsageError(f"--epochs {values['epochs']:g} makes {T} updates; at most {count.most} can be")
         for name in ("warmup_steps", "first_steps", "tinit", "tfinal", "delta_t"):
             if getattr(self, name) is None:
                 values[name] = values[name] * T // values["total_steps"]

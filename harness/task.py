@@ -34,7 +34,7 @@ class Task:
         among them, are those of the published run, and scale with a run's length.
     train_size: examples in train, to know a run's length before the data are loaded.
     validation: splits to evaluate on, the one that decides first.
-    tests: splits beyond these.
+    tests: all other splits.
     written: what a prediction file writes for each label.
     prompt: what a causal language model reads, with columns' names in braces; none if only encoders can.
     choices: the words by which it answers, one for each label.

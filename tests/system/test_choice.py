@@ -382,8 +382,9 @@ def test_a_prompt_may_have_one_of_two_texts_and_is_part_of_the_run(
     rows = [{"q": text, "a": text, "label": i % 2} for i, text in enumerate(sentences(24))]
     path = write_lines(tmp_path / "pairs.jsonl", rows)
     flags = f"--train_file {path} --holdout 0.25 --columns q a label --model {llama} --max_steps 2"
-    argv = [*flags.split(), "--method", "lora", "--choices", "A", "B", "--output_dir", str(tmp_path / "run")]
-    run_glue.main([*argv, "--prompt", "{a} Answer:", "--max_length", "12"])
+    flags += f" --method lora --choices A B --max_length 12 --output_dir {tmp_path / 'run'}"
+    argv = flags.split()
+    run_glue.main([*argv, "--prompt", "{a} Answer:"])
     for change, named in (("--prompt", "{q} Answer:"), ("--base_dtype", "bfloat16")):
         line = refused([*argv, "--prompt", "{a} Answer:", change, named, "--resume"], capsys)
         assert f"{change} is {named}, but was" in line

@@ -208,7 +208,7 @@ def check_refusal(stderr: str, named: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("removed", "named"),
-    [("pytorch_model.bin", "weights"), ("spm.model", "tokenizer"), ("config.json", "config.json")],
+    [("pytorch_model.bin", "pytorch_model.bin"), ("spm.model", "tokenizer"), ("config.json", "config.json")],
 )
 def test_a_model_folder_without_a_part_is_refused_by_that_part(
     removed: str, named: str, deberta: Path, glue_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture

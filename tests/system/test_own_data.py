@@ -258,7 +258,7 @@ BAD_JSON = {
     "a number for text": ('{"text": "a", "label": "b"}\n{"text": 5, "label": "b"}', ":2: text is 5"),
     "no text": ('{"text": "a", "label": "b"}\n{"label": "b"}', ":2: text is None, which is not text"),
     "half a character": ('{"text": "\\ud800", "label": "b"}', ":1: not UTF-8"),
-    "a name twice": ('{"text": "a", "label": 1, "label": 2}', ":1: there are two columns 'label'"),
+    "a name twice": ('{"text": "a", "label": 1, "label": 2}', ":1: not JSON lines: there are two columns"),
     "another kind of label": ('{"text": "a", "label": [1]}', ":1: the label is [1], which is neither"),
 }
 

@@ -290,6 +290,14 @@ def test_resume_starts_a_run_that_has_no_checkpoint_yet(command: Callable, stopp
     assert left_by(stopped) == left_by(whole)
 
 
+def test_resume_starts_a_run_that_was_killed_while_it_replaced_an_unfinished_one(
+    command: Callable, stopped: Path, whole: Path
+):
+    (stopped / "config.json").rename(stopped / "next.json")  # the other run's checkpoints are still there
+    assert main(command("run", "--resume")) == 0
+    assert left_by(stopped) == left_by(whole)
+
+
 def test_a_run_without_a_checkpoint_is_refused_with_other_settings(command: Callable, stopped: Path, capsys):
     shutil.rmtree(stopped / "checkpoint")
     before = everything_in(stopped)

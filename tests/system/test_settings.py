@@ -293,6 +293,11 @@ def test_what_is_given_by_hand_is_not_scaled():
     assert (s.tinit, s.tfinal, s.delta_t, s.lr, s.first_steps) == (9, 99, 7, 0.3, 0)
 
 
+def test_more_updates_than_can_be_counted_are_refused():
+    with pytest.raises(UsageError, match="--epochs 25 makes 2500000000 updates"):
+        parsed("--task", "cola", "--batch_size", "1").resolve(10**8)
+
+
 def test_with_max_steps_the_epochs_are_as_many_as_that_is():
     s = of_run("--max_steps", "670", "--epochs", "99")
     assert (s.total_steps, s.epochs) == (670, 2.5)
