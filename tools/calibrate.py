@@ -28,7 +28,7 @@ TFB_RANGE, TFB_BISECTIONS, TFB_TOLERANCE = (0.001, 0.2), 5, 1.003  # [F]: NLL at
 
 
 class Predictor(NamedTuple):
-    """A way to predict. `value` is what it was given, or what was fitted: τ, a temperature, σ_q, a share."""
+    """A way to predict. `value` is its one setting, given or fitted: τ, a temperature, σ_q, a share."""
 
     how: str
     samples: int

@@ -2,10 +2,9 @@
 
 A row is a folder of runs and the name that they share without task and seed: "results/study/lora-ivon" for
 `results/study/cola/lora-ivon-s11` and so on. "…:HOW" is one of the ways to predict that tools.evaluate has
-recorded; "mean" where it is not said.
+recorded (without it, "mean").
 """
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -21,16 +20,14 @@ LOWER_IS_BETTER = ("nll", "ece", "brier")
 
 
 def read_measures(rows: list[str], split: str) -> pd.DataFrame:
-    """Of all rows in these rows' folders, one line per run and way to predict: row (with its folder), how,
-    task, seed, MEASURES (NaN where a task has none). Of these rows, what cannot be read is named on stderr.
+    """All evaluated runs in the rows' folders, one line per run and way to predict: row (with its folder),
+    how, task, seed, MEASURES (NaN where a task has none). Those of `rows` that cannot be read are named.
     """
     found, asked = [], {without_how(row) for row in rows}
     for folder in dict.fromkeys(Path(row).parent for row in rows):
         for run in find_runs([folder]):
-            if not (run.folder / "evaluation.json").exists():
-                continue
             task, seed = run.task, run.config["seed"]
-            row = str(folder / re.sub(rf"^{task.name}-|-s{seed}$", "", run.folder.name))
+            row = str(folder / run.folder.name.removeprefix(f"{task.name}-").removesuffix(f"-s{seed}"))
             try:
                 lines = read_evaluations(run, split)
             except UsageError as error:
@@ -48,8 +45,8 @@ def without_how(row: str) -> str:
 
 
 def differences(measures: pd.DataFrame, a: str, b: str, measure: str) -> dict[str, np.ndarray]:
-    """Row a less row b, by task, for the seeds that both have; "mean of n": of the n tasks that both have,
-    for the seeds that both have on each."""
+    """Row a minus row b for each task, over the seeds that both rows have. "mean of n" averages the n tasks
+    that both have, over the seeds that both have on all of them."""
 
     def of(row: str) -> pd.DataFrame:
         name, _, how = Path(row).name.partition(":")

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
 from harness import files
-from harness.batches import Split, evaluation_split, tokenize
+from harness.batches import evaluation_split, tokenize
 from harness.prediction import judge, predict, predict_from_draws
 from harness.run_folder import EVALUATION, POSTERIOR
 from harness.settings import Parser, any_seed, check_device, exit_status, few, from_0, task_of, whole
@@ -45,9 +45,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--predict", type=Path, metavar="FILE", help="predictions as GLUE's submission TSV")
     parser.add_argument("--seed", type=any_seed, help="of the draws (the run's)")
     parser.add_argument("--model", help="where the base model is now")
-    parser.add_argument(
-        "--data_dir", type=Path, help="a folder with the data sets' files, or yours (the run's)"
-    )
+    parser.add_argument("--data_dir", type=Path, help="where the data files are now (where the run had them)")
     parser.add_argument("--test_file", type=Path, help="of your own data, for a run with --train_file")
     parser.add_argument("--eval_batch_size", type=whole(1), help="examples in a forward pass (the run's)")
     parser.add_argument("--device", help="cpu, cuda, … (cuda if there is one)")
@@ -103,16 +101,13 @@ def main(argv: list[str] | None = None) -> None:
     check_device(s.device)
     data = task.load(s.data_dir, [*names, *([args.fit] if args.fit else ())])
     tokenizer, model, layers, sigma = load_model(run, s)
-    collate = DataCollatorWithPadding(tokenizer)
-
-    def as_split(name: str, k: int = 1) -> Split:
-        """Every k-th example."""
-        features, labels = tokenize(data[name], task, tokenizer, s.max_length, s.causal)
-        return evaluation_split(features[::k], labels[::k], collate, s.eval_batch_size)
-
-    splits = {name: as_split(name) for name in names}
-    if args.fit:
-        seen = as_split(args.fit, max(1, round(len(data[args.fit]) / FIT_ON)))
+    if args.fit:  # every k-th example
+        k = max(1, round(len(data[args.fit]) / FIT_ON))
+        data[args.fit] = data[args.fit].select(range(0, len(data[args.fit]), k))
+    splits, collate = {}, DataCollatorWithPadding(tokenizer)
+    for name, examples in data.items():
+        features, labels = tokenize(examples, task, tokenizer, s.max_length, s.causal)
+        splits[name] = evaluation_split(features, labels, collate, s.eval_batch_size)
     ways: Iterable[Predictor] = predictors(args, model, sigma, s.seed)
     try:
         if args.predict:
@@ -120,11 +115,12 @@ def main(argv: list[str] | None = None) -> None:
             write_submission(args.predict.resolve(), data[names[0]]["idx"], predictions, task)
             print(f"predictions of {len(predictions)} examples in {args.predict}")
             return
-        for name, split in {**splits, **({args.fit: seen} if args.fit else {})}.items():
+        for name, split in splits.items():
             if lacks_labels(split.labels):
                 raise UsageError(f"{name} has no labels; --predict FILE writes its predictions")
         if args.fit:
-            ways = itertools.chain(ways, fitted(model, layers, sigma, seen, args.eval_samples or 10, s.seed))
+            on = splits[args.fit], args.eval_samples or 10, s.seed
+            ways = itertools.chain(ways, fitted(model, layers, sigma, *on))
         rows, saved = [], {f"{name}.labels": splits[name].labels for name in names}
         where = {"model": s.model, "data_dir": s.data_dir and str(s.data_dir), "seed": s.seed}
         for way in ways:  # one after the other: the last rewrites the adapters
@@ -139,7 +135,7 @@ def main(argv: list[str] | None = None) -> None:
                 value = f" ({way.value:.3g})" * (way.how in FITTED)
                 print(f"{name} {way.how}{value}:  {numbers}  ({seconds:.2f} s)", flush=True)
     except FloatingPointError as error:
-        raise UsageError(f"{error}: is --temperature too high?") from None
+        raise UsageError(f"{error}: is a temperature, given or tried, too high?") from None
     rows.sort(key=lambda row: names.index(row["split"]))
     record(args.run, rows, saved)
 

@@ -8,17 +8,16 @@ needs none of this code; a fully fine-tuned run can only be exported as that. `-
 model is now.
 """
 
-import json
 import sys
 import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
 from adalora import HEADS, SVDLinear, in_head
+from harness import files
 from harness.settings import Parser, Settings, exit_status, task_of
 from harness.task import UsageError
 from tools.finished import evaluation_settings, load_model, read_run
@@ -66,9 +65,8 @@ def write_peft(folder: Path, model: nn.Module, layers: dict[str, nn.Module], set
         config |= {"peft_type": "ADALORA", "init_r": r, "rank_pattern": pattern, **schedule}
     else:
         config |= {"peft_type": "LORA", "r": r}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(whole, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    files.write_json(folder / "adapter_config.json", config)
+    files.write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -128,7 +128,7 @@ def agreement(found: dict[str, Agreement]) -> "plt.Figure":
     shared = {"squeeze": False, "layout": "constrained", "height_ratios": (3.4, 2, 1.3)}
     figure, axes = plt.subplots(3, n, figsize=(0.5 + 3.8 * n, 8.5), **shared)
     for (name, agreement), (matrix, history, variation) in zip(found.items(), axes.T, strict=True):
-        plot_heat_map(matrix, agreement.matrix, 1, digits=2)
+        plot_heat_map(matrix, agreement.matrix, 1, digits=2).set_clim(-1, 1)
         plt.setp(matrix.get_xticklabels(), rotation=40, ha="right")
         matrix.set_title(textwrap.fill(f"{name} (Jaccard by chance {agreement.chance:.2f})", 46), fontsize=8)
         for column, label in agreement.pairs().items():

@@ -22,8 +22,7 @@ from harness.settings import Number, Settings, task_of, whole
 from harness.task import Task, UsageError
 
 # Raised by reading files that are damaged, or not a run's.
-DAMAGED = (UsageError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
-DAMAGED += (RecursionError,)
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 COUNT = whole(0)  # what a step, a rank or a budget can be
 
 
@@ -60,7 +59,6 @@ def read_run(folder: Path) -> FinishedRun:
         wrong += [] if math.isfinite(results["best"][results["metric"]]) else ["best"]
         wrong += [name for name, rank in results["ranks"].items() if rank not in COUNT]
         wrong += [] if results["budget"]["b0"] in COUNT else ["budget"]
-        task_of(settings).settings(settings.method, settings.optimizer)
     except DAMAGED as error:
         wrong = [repr(error)]
     if wrong:
@@ -142,7 +140,7 @@ def read_evaluations(run: FinishedRun, split: str | None = None) -> pd.DataFrame
 
 
 def evaluation_settings(run: FinishedRun, **given: Any) -> Settings:
-    """The run's settings, but for what is given (None: not given): model, data_dir, seed, device, …"""
+    """The run's settings, with those that are given and not None in their place: model, data_dir, seed, …"""
     settings = Settings.from_config(run.config)
     place = {"device": "cuda" if torch.cuda.is_available() else "cpu", "processes": 1}
     place |= {"model": task_of(settings).model, "data_dir": DEMO_FOLDER} if settings.demo else {}

@@ -201,16 +201,12 @@ def named_groups(runs: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 def read_found(args: Namespace, needs: Callable[[FinishedRun], pd.DataFrame]) -> dict[str, pd.DataFrame]:
     """By name of a group, the lines that `needs` returns of each run, with the run's folder, row and task."""
-    return {
-        name: pd.concat(
-            [
-                run.found.assign(folder=run.run.folder, row=run.row, title=run.title, measure=run.measure)
-                for run in group.itertuples()
-            ],
-            ignore_index=True,
-        )
-        for name, group in named_groups(read_runs(args, needs))
-    }
+
+    def lines(run: Any) -> pd.DataFrame:
+        return run.found.assign(folder=run.run.folder, row=run.row, title=run.title, measure=run.measure)
+
+    groups = named_groups(read_runs(args, needs))
+    return {name: pd.concat(map(lines, of.itertuples()), ignore_index=True) for name, of in groups}
 
 
 # ---- the table -----------------------------------------------------------------------------------------
@@ -254,7 +250,7 @@ def print_table(args: Namespace) -> None:
     for model, own in runs.groupby("model", sort=False):
         print(f"{markdown(own)}\n\nModel `{model}`. Best validation score in percent: mean ± standard")
         print("deviation (seeds).")
-        print(*[f"All rows: {settings_text(shared)}."] * bool(shared), sep="\n")
+        print(f"All rows: {settings_text(shared)}." if shared else "")
         for _, of in own.groupby("task"):
             lengths = " or ".join(of.apply(length_text, axis=1).unique())
             print(f"- {of['title'].iloc[0]}: {of['measure'].iloc[0].replace('_', ' ')}; {lengths}")
@@ -269,12 +265,11 @@ def print_ranks(args: Namespace) -> None:
             raise UsageError("it has no adapters, so no ranks")
         return run.results["ranks"]
 
-    groups = named_groups(read_runs(args, ranks))
-    found = {name: pd.DataFrame(list(of["found"])) for name, of in groups}
-    names = {tuple(run) for of in found.values() for run in of.apply(lambda row: row.dropna().index, axis=1)}
-    if len(names) > 1:
+    runs = read_runs(args, ranks)
+    if len(set(map(frozenset, runs["found"]))) > 1:
         raise UsageError("these runs have different adapters: give one model's at a time")
-    patterns = {name: frame.mean().round(2).to_dict() for name, frame in found.items()}
+    means = {name: pd.DataFrame(list(of["found"])).mean() for name, of in named_groups(runs)}
+    patterns = {name: mean.round(2).to_dict() for name, mean in means.items()}
     if args.o:
         figures.save(figures.ranks(patterns), args.o)
     else:
@@ -355,7 +350,8 @@ def read_evaluated(args: Namespace) -> dict[str, pd.DataFrame]:
         found = read_evaluations(run)
         how = found["how"]
         draws = found["samples"].astype(str) + " draws, " + how.str.replace("tau=", "τ = ")
-        return found.assign(key=how, how=draws.where(how.str.startswith("tau="), how))
+        how = draws.where(how.str.startswith("tau="), how)
+        return found.assign(key=found["how"], how=how, error=100 * (1 - found[run.task.metric]))
 
     groups = read_found(args, rows).items()
     return {name: found.sort_values(["samples", "temperature"], kind="stable") for name, found in groups}
@@ -364,14 +360,12 @@ def read_evaluated(args: Namespace) -> dict[str, pd.DataFrame]:
 def print_calibration_table(found: Mapping[str, pd.DataFrame]) -> None:
     """Markdown: mean ± standard deviation over seeds, in percent but for NLL and Brier score."""
     print("|  | prediction | seeds | score | accuracy | NLL | ECE | Brier |\n" + "| --- " * 8 + "|")
+    absent = pd.Series(dtype=float)
     for frame in found.values():
         for (title, row, measure, how), rows in frame.groupby(["title", "row", "measure", "how"], sort=False):
             measures = [(measure, 100, 2), ("accuracy", 100, 2)]
             measures += [("nll", 1, 4), ("ece", 100, 2), ("brier", 1, 4)]
-            cells = [
-                mean_text(scale * rows.get(name, pd.Series(dtype=float)), digits)
-                for name, scale, digits in measures
-            ]
+            cells = [mean_text(scale * rows.get(name, absent), n) for name, scale, n in measures]
             print(f"| {title}, {row} | {how} | {len(rows)} | {' | '.join(cells)} |")
 
 
@@ -411,8 +405,6 @@ def print_temperature(args: Namespace) -> None:
         drawn = {name: frame for name, frame in draws.items() if len(frame)}
         if not drawn:
             raise UsageError("there is nothing to plot: run tools.evaluate with --eval_samples")
-        for name, frame in drawn.items():
-            drawn[name] = frame.assign(error=100 * (1 - frame[frame["measure"].iloc[0]]))
         figures.save(figures.temperature(drawn), args.o)
 
 

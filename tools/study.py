@@ -56,12 +56,9 @@ CLAIMS = {  # the first row against each of the others
     "Which score, at rank 2": [IVON, "adalora-ivon-sensitivity", "adalora-ivon-snr"],
     "Which score, at rank 0.25": ["rank-0.25-mu", *(f"rank-0.25-{s}" for s in SPARSE if s != "mu")],
     "Ten draws against what costs nothing": [
-        f"{IVON}:tau=1",
-        *(f"{IVON}:{how}" for how in ("mean", "draws at the fitted τ", "temperature scaling")),
+        *(f"{IVON}:{how}" for how in ("tau=1", "mean", "draws at the fitted τ", "temperature scaling")),
         *(f"{IVON}:{how}" for how in ("MC dropout", "TFB", "pruned")),
-        f"{ADALORA}:mean",
-        f"{ADALORA}:temperature scaling",
-        f"{ADALORA}:TFB",
+        *(f"{ADALORA}:{how}" for how in ("mean", "temperature scaling", "TFB")),
     ],
     "At [C]'s length": ["long-adalora-ivon-mu", "long-adalora-adamw"],
 }
@@ -101,7 +98,8 @@ def second_part(task: str, settings: dict[str, str]) -> Iterator[tuple[str, str]
 
 
 def print_commands(out: Path, more: list[str]) -> None:
-    """Print run_glue.py's for runs not finished, tools.evaluate's for judged runs not evaluated yet."""
+    """Print run_glue.py's command for each unfinished run, tools.evaluate's for each judged run that has no
+    evaluation yet."""
     for task in TASKS:
         settings = chosen(out, task)
         for name, flags in search(task) if settings is None else second_part(task, settings):
