@@ -1,6 +1,6 @@
 """Fine-tune a model with low-rank adapters whose ranks are decided in training, by scores from a posterior.
 
-    python run_glue.py --demo                                           # embedded model and data, a minute
+    python run_glue.py --demo                                           # bundled model and data, a minute
     python run_glue.py --task cola --optimizer ivon --score mu          # the paper's setting, from the Hub
     python run_glue.py --task cola --optimizer adamw --score sensitivity      # AdaLoRA's optimizer and score
     python run_glue.py --task rte --model path/to/checkpoint --data_dir path/to/glue       # local folders

@@ -2,20 +2,20 @@
 # # Beyond text: a vision transformer
 #
 # A small ViT learns to tell four filled shapes apart. Then the same shapes come as dark outlines, which it
-# has never seen. Adapters learn them with all its weights frozen, the head's included; |μ| decides how many
-# triplets each map keeps. For comparison, the head alone is trained on outlines, too.
-# Run it in cells, or as a script: `python docs/vision.py`. It takes half a minute on one core.
+# has never seen. Adapters learn them with all its weights frozen, even the head's; |μ| decides how many
+# triplets each map keeps. For comparison, only the head of a copy is trained on outlines.
+# Run its cells, or `python docs/vision.py`, in the repository root. It takes half a minute on one core.
 
 # %%
 import copy
 import sys
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, f"{sys.path[0]}/..")  # the repository root, if this is a script
+sys.path.insert(1, ".")  # and if it is run in cells
 from adalora import add_penalty_gradients, inject
 from budget import CubicBudget
 from harness.metrics import rank_table

@@ -3,28 +3,27 @@
 #
 # The target is a rank-2 matrix. An adapter of rank 6 learns it with IVON, whose posterior has a σ for
 # each entry; the scores turn μ and σ into one number per triplet, and the budget removes four of the six.
-# Run it in cells, or as a script: `python docs/walkthrough.py [FOLDER]`. It writes two pictures to the folder
-# (default: its own).
+# Run its cells, or `python docs/walkthrough.py [FOLDER]`, in the repository root. As a script it writes two
+# pictures to the folder (default: docs).
 
 # %%
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, f"{sys.path[0]}/..")  # the repository root, if this is a script
+sys.path.insert(1, ".")  # and if it is run in cells
 from adalora import add_penalty_gradients, inject
 from budget import CubicBudget
 from ivon import IVON
 from scores import SCORES
 from vilora import RankAllocator
 
-pictures = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent
+script, *folder = sys.argv
+pictures = Path(*folder) if folder and script.endswith("walkthrough.py") else Path("docs")
 torch.manual_seed(0)
 
 # %% [markdown]
@@ -57,7 +56,7 @@ print("the mean is back:", torch.equal(layer.Q, mean))
 # %% [markdown]
 # ## Algorithm 1
 # The budget falls from 6 triplets to 2. At each allocation the triplets with the lowest scores have λ set to
-# 0; until the last one they can come back.
+# 0; until the last allocation they can come back.
 
 # %%
 budget = CubicBudget(rank, keep, total_steps=T, warmup_steps=300, final_steps=500, interval=50)
@@ -83,7 +82,7 @@ print(f"kept {layer.rank} of {rank} triplets; relative error of the map {error.i
 
 # %% [markdown]
 # ## What the scores say
-# At the last allocation, before λ is set to 0: the two triplets that carry the map against the other four.
+# Just before the last allocation: two triplets carry the map, the other four do not.
 
 # %%
 for name, S in scores.items():

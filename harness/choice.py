@@ -51,7 +51,7 @@ def published(task: str, method: str, optimizer: str) -> dict[str, Any]:
 
 
 def demo(method: str, optimizer: str) -> dict[str, Any]:
-    """For the embedded language model, which is far smaller: our own. The largest step is 3e-3."""
+    """For the bundled language model, which is far smaller: our own. The largest step is 3e-3."""
     own = {"batch_size": 16, "eval_batch_size": 64, "max_length": 64, "max_steps": 300, "total_steps": 300}
     own |= {"eval_every": 100, "tinit": 40, "tfinal": 100, "lr": 3.0 if optimizer == "ivon" else 3e-3}
     return published("boolq", method, optimizer) | own

@@ -187,7 +187,7 @@ def narrow_relative_positions(model: nn.Module) -> None:
 
     Transformers multiplies all tokens with the embeddings of all 2k buckets of distances, −k to k − 1 (in V3
     k = 256), and then selects; with adapters on query and key all of that has a backward pass, too. But n
-    tokens are less than n apart: 2·min(n, k) buckets are enough. Only which entries dropout zeroes changes.
+    tokens are less than n apart: 2·min(n, k) buckets are enough. Only dropout's choice of entries changes.
     Nothing happens to other models.
     """
     for module in model.modules():

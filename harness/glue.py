@@ -183,7 +183,7 @@ TASKS = {task.name: task for task in (
     glue_task("rte", "RTE", PAIR, ENTAILED, ENTAILED),
 )}
 # fmt: on
-# The embedded data of demo/ are in CoLA's format.
+# The bundled data of demo/ are in CoLA's format.
 DEMO = replace(
     TASKS["cola"],
     model=str(DEMO_FOLDER / "model"),

@@ -104,7 +104,7 @@ class Settings:
     data_dir: Path | None = run(None, NOTHING, path, "folder with the data sets' own files (the Hub's copy)")
     holdout: float = run(0.0, SHAPE, Number(0, 0.9), "share of train to hold out, and to evaluate on")
     holdout_seed: int = run(0, SHAPE, any_seed, "seed of that split")
-    demo: bool = run(False, IDENTITY, None, "the embedded model and data: no download")
+    demo: bool = run(False, IDENTITY, None, "the bundled model and data: no download")
     seed: int = run(2021, IDENTITY, any_seed, "of everything random")
     epochs: float | None = run(None, NOTHING, positive, "set by the task, like every flag without a default")
     max_steps: int | None = run(None, NOTHING, count, "updates in all, instead of epochs")
