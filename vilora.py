@@ -101,7 +101,7 @@ class RankAllocator:
     def scores(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Each named score of all triplets, (n,), in the order of the adapters.
 
-        KeyError for `sensitivity` before the first `step`, and after the last allocation.
+        `sensitivity` can be asked for from the first `step` (before it: KeyError) until triplets are removed.
         """
         found = {}
         for name in names:

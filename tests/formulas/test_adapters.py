@@ -125,9 +125,10 @@ def test_an_adapter_of_rank_0_is_its_base():
     assert not layer.delta().any()
 
 
-def test_adapter_dropout_is_in_front_of_the_adapter_alone():
-    layer = SVDLinear(nn.Linear(4, 5), 3, alpha=6, dropout=1.0)
-    nn.init.ones_(layer.lam)
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapter_dropout_is_in_front_of_the_adapter_alone(kind: str):
+    layer = KINDS[kind](nn.Linear(4, 5), 3, alpha=6, dropout=1.0)
+    nn.init.ones_(layer.lam if kind == "svd" else layer.B)
     x = torch.randn(7, 4)
     assert torch.equal(layer.train()(x), layer.base(x))
     assert not torch.equal(layer.eval()(x), layer.base(x))

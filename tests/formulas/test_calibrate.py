@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from adalora import inject
 from harness.batches import Split
-from harness.metrics import calibration
-from harness.prediction import predict
+from harness.prediction import predict, predict_from_draws
 from tools import calibrate
 
 
@@ -85,7 +84,7 @@ def test_tfbs_deviation_is_the_largest_whose_nll_is_allowed():
 
     def at(q: float) -> float:
         sigma = {name: q * x for name, x in unit.items()}
-        return calibrate.nll(calibrate.predict_from_draws(model, split, sigma, 20, 1.0, 0), split.labels)
+        return calibrate.nll(predict_from_draws(model, split, sigma, 20, 1.0, 0), split.labels)
 
     assert low < q < high - 2 * width
     assert at(q) <= most < at(q + width)
@@ -140,14 +139,25 @@ def test_mc_dropout_averages_passes_with_dropout_and_can_be_repeated():
 def test_every_rival_is_fitted_on_one_split_and_predicts_another():
     model, layers, split = adapted("svd")
     sigma = {name: torch.full_like(p, 0.05) for name, p in model.named_parameters() if p.requires_grad}
-    found = {}
+    found, mean = {}, predict(model, split)
+
+    def nll_of(predictions: Tensor) -> float:
+        return calibrate.nll(predictions, split.labels)
+
+    own = {name: s for name, s in sigma.items() if name.rpartition(".")[0] in layers}
+    least = {
+        "draws at the fitted τ": min(
+            nll_of(predict_from_draws(model, split, sigma, 5, tau, 0)) for tau in (0.1, 0.3, 1, 3)
+        ),
+        "pruned": min(nll_of(calibrate.predict_pruned(model, split, own, n / 10)) for n in range(10)),
+    }
     for rival in calibrate.fitted(model, layers, sigma, split, 5, 0):
         found[rival.how] = rival.predict(split)
         assert found[rival.how].sum(-1).numpy() == pytest.approx(np.ones(64))
         assert math.isfinite(rival.value)
+    assert {how: nll_of(found[how]) for how in least} == pytest.approx(least)
+    assert nll_of(mean) < nll_of(found["TFB"]) <= 1.003 * nll_of(mean)
     assert list(found) == [
         "temperature scaling", "MC dropout", "draws at the fitted τ", "pruned", "TFB"
     ]  # fmt: skip
-    assert calibration(found["temperature scaling"].numpy(), split.labels.numpy())["nll"] <= calibrate.nll(
-        predict(model, split), split.labels
-    )
+    assert nll_of(found["temperature scaling"]) <= nll_of(mean)

@@ -42,9 +42,11 @@ def test_holms_correction_is_the_worked_table():
 def test_the_words_follow_the_corrected_p_and_the_direction_that_is_better():
     high, low = [0.90, 0.91, 0.92, 0.90, 0.91], [0.50, 0.52, 0.51, 0.50, 0.53]
     same = [0.50, 0.52, 0.50, 0.49, 0.54]
-    for measure, word in (("score", "better"), ("nll", "worse")):
+    for measure, word in (("score", "better"), ("nll", "worse"), ("ece", "worse"), ("brier", "worse")):
         of = measures({("a", "cola"): high, ("b", "cola"): low, ("c", "cola"): same}, measure)
-        assert list(compared(of, ["a", "b"])["verdict"]) == [word]
+        (line,) = compared(of, ["a", "b"]).itertuples()
+        points = 100 if measure in ("score", "ece") else 1
+        assert (line.verdict, line.difference) == (word, pytest.approx(points * 0.396))
         assert list(compared(of, ["b", "c"])["verdict"]) == ["not distinguishable"]
 
 

@@ -988,13 +988,19 @@ def test_sigma_before_any_step_is_that_of_the_initial_hessian():
     torch.testing.assert_close(opt.sigma(p), torch.full((2, 3), 0.1))
 
 
-def test_sigmas_is_sigma_of_each():
-    opt, params = make()
-    train(opt, params, 3)
-    some = [params[2], params[0]]
-    got = opt.sigmas(some)
-    assert isinstance(got, list)
-    assert all(torch.equal(s, opt.sigma(p)) for s, p in zip(got, some, strict=True))
+def test_sigmas_of_several_groups_are_in_the_order_they_are_asked_for():
+    p, q, r = params = [nn.Parameter(torch.ones(n)) for n in (2, 3, 4)]
+    groups = [{"params": [p, r], "ess": 10.0, "weight_decay": 0.5}, {"params": [q], "ess": 40.0}]
+    opt = IVON(groups, lr=0.1, ess=1.0, hess_init=0.5, beta2=0.9, weight_decay=0.25)
+    for _ in range(3):
+        with opt.sampled_params(train=True):
+            sum(x.square().sum() for x in params).backward()
+        opt.step()
+    of = {p: (10.0, 0.5), q: (40.0, 0.25), r: (10.0, 0.5)}
+    for x, sigma in zip([r, q, p], opt.sigmas([r, q, p]), strict=True):
+        ess, delta = of[x]
+        expected = 1 / np.sqrt(ess * (opt.state[x]["h"].double().numpy() + delta))
+        np.testing.assert_allclose(sigma.numpy(), expected, rtol=1e-6)
 
 
 def test_sigma_is_computed_from_the_state_of_the_parameter():

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -183,6 +184,10 @@ def test_calibration_of_the_hand_worked_table():
         "ece": (abs(1 - 0.8) + abs(0 - 0.6) + abs(1 - 0.7)) / 3,
     }
     assert got == pytest.approx(want, rel=1e-12)
+
+
+def test_the_nll_of_a_label_without_probability_is_that_of_float64s_smallest_number():
+    assert calibration([[1.0, 0.0]], [1])["nll"] == pytest.approx(-math.log(sys.float_info.min))
 
 
 def test_calibration_of_three_classes_by_hand():

@@ -294,6 +294,14 @@ def test_a_triplets_score_is_lambda_plus_the_means_of_its_column_and_its_row():
     assert scores.triplet_scores(s_P, s_lam, s_Q).tolist() == [20.0, 5.0]
 
 
+def test_orthonormal_factors_add_to_mu_what_their_sizes_alone_decide():
+    generator = torch.Generator().manual_seed(0)
+    P, Q = (torch.linalg.qr(torch.randn(d, 3, generator=generator))[0] for d in (400, 200))
+    S = scores.triplet_scores(scores.mu(P), torch.zeros(3), scores.mu(Q.T))
+    expected = math.sqrt(2 / math.pi) * (1 / math.sqrt(400) + 1 / math.sqrt(200))
+    assert S.tolist() == pytest.approx([expected] * 3, rel=0.05)
+
+
 def test_a_batch_of_modules_is_scored_like_each_module_alone():
     s_P, s_lam, s_Q = torch.rand(4, 6, 3).double(), torch.rand(4, 3).double(), torch.rand(4, 3, 5).double()
     together = scores.triplet_scores(s_P, s_lam, s_Q)

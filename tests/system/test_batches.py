@@ -97,6 +97,13 @@ def test_every_epoch_has_every_example_once_in_an_order_of_its_own(group_by_leng
     assert updates[:125] != updates[125:]
 
 
+def test_the_micro_batches_of_an_update_are_of_similar_length():
+    batches = make_batches(LENGTHS, batch_size=8, grad_accum=4)
+    for t in range(1, 32):
+        widths = [inputs["input_ids"].shape[1] for inputs, _, _ in batches.of_update(t)]
+        assert widths == sorted(widths)
+
+
 def test_the_last_batch_of_an_epoch_has_what_is_left():
     batches = make_batches([4] * 20, batch_size=8)
     assert [len(examples_of(batches, t)) for t in range(1, 7)] == [8, 8, 4, 8, 8, 4]

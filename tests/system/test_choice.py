@@ -352,15 +352,23 @@ def test_activation_checkpointing_changes_no_result(flags: tuple, more: tuple, l
 
 
 @pytest.mark.parametrize("flags", [(*LORA, "--plain"), LORA, ADALORA])
-def test_a_base_in_bfloat16_has_adapters_in_float32(flags: tuple, llama: Path, tmp_path: Path):
+def test_a_base_in_bfloat16_has_adapters_in_float32_and_is_merged_in_float32(
+    flags: tuple, llama: Path, tmp_path: Path
+):
     from safetensors.torch import load_file
 
     train(llama, write_boolq(tmp_path / "data"), tmp_path / "run", *flags, "--base_dtype", "bfloat16")
-    assert {x.dtype for x in load_file(tmp_path / "run/adapter/adapter.safetensors").values()} == {
-        torch.float32
-    }
+    adapter = load_file(tmp_path / "run/adapter/adapter.safetensors")
+    assert {x.dtype for x in adapter.values()} == {torch.float32}
     evaluate.main([str(tmp_path / "run")])
     export.main(["merged", str(tmp_path / "run"), str(tmp_path / "merged")])
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    base = LlamaForCausalLM.from_pretrained(llama).state_dict()
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    for name in (name.removesuffix(".B") for name in adapter if name.endswith(".B")):
+        change = config["alpha"] / config["init_rank"] * adapter[f"{name}.B"] @ adapter[f"{name}.A"]
+        weight = base[f"{name}.weight"].bfloat16().float() + change
+        torch.testing.assert_close(merged[f"{name}.weight"], weight, rtol=0, atol=1e-7)
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(

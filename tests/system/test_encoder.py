@@ -9,14 +9,18 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import (
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     DebertaV2Config,
     DistilBertConfig,
+    ElectraConfig,
+    PreTrainedConfig,
     RobertaConfig,
+    XLNetConfig,
 )
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
-from adalora import SVDLinear, inject
+from adalora import SVDLinear, in_head, inject
 from harness.encoder import TARGETS, narrow_relative_positions
 
 SIZES = {
@@ -42,6 +46,21 @@ def classifier(architecture: str) -> nn.Module:
 
 
 # --- the maps of each architecture --------------------------------------------------------------------------
+
+ELECTRA = ElectraConfig(**SIZES, embedding_size=8)
+BART = BartConfig(
+    vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+    decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24,
+)  # fmt: skip
+XLNET = XLNetConfig(vocab_size=40, d_model=16, n_layer=1, n_head=2, d_inner=24)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), ELECTRA, BART, XLNET], ids=lambda c: c.model_type)
+def test_what_a_classifier_has_outside_its_encoder_is_its_head(config: PreTrainedConfig):
+    model = AutoModelForSequenceClassification.from_config(config)
+    outside = [name for name in model.state_dict() if not name.startswith(f"{model.base_model_prefix}.")]
+    assert outside
+    assert all(map(in_head, outside))
 
 
 def test_every_architecture_with_maps_of_its_own_is_tested_here():

@@ -17,6 +17,7 @@ from conftest import FOLDERS, LABELS, write_glue
 
 from harness import glue
 from harness.glue import DEMO, TASKS, check_hub, load_task, published
+from harness.settings import Settings, task_of
 from harness.task import held_out_mask, hold_out
 
 REAL = os.environ.get("GLUE_DIR")
@@ -357,6 +358,16 @@ def test_the_held_out_share_is_stratified_and_the_same_for_the_same_seed():
     assert (held == held_out_mask(labels, 0.1, 0)).all()
     assert (held != held_out_mask(labels, 0.1, 1)).any()
     assert hold_out(TASKS["cola"], 0.1, 0).train_size == 8551 - 855
+
+
+def test_the_held_out_share_depends_on_its_own_seed_and_not_on_the_runs(tmp_path: Path):
+    def held(seed: int, holdout_seed: int) -> list[int]:
+        settings = Settings(task="cola", holdout=0.25, seed=seed, holdout_seed=holdout_seed)
+        return task_of(settings).load(tmp_path, ["holdout"])["holdout"]["idx"][:]
+
+    write_glue(tmp_path, "cola", train=200)
+    assert held(1, 0) == held(2, 0)
+    assert held(1, 0) != held(1, 1)
 
 
 def test_a_regressions_held_out_share_has_its_scores_quantiles():

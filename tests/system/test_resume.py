@@ -12,7 +12,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import fields
 from pathlib import Path
 from pickle import UnpicklingError
 from types import SimpleNamespace
@@ -30,15 +29,13 @@ from harness import files, prediction, run_folder
 from harness.files import locked, write_atomically
 from harness.run_folder import (
     HERE,
-    check_same,
     checkpoints,
     load_checkpoint,
     random_states,
     save_checkpoint,
     set_random_states,
 )
-from harness.settings import NOTHING, Settings, exit_status, learning_rate
-from harness.task import UsageError
+from harness.settings import Settings, exit_status, learning_rate
 from scores import SCORES
 from vilora import RankAllocator
 
@@ -669,25 +666,6 @@ def test_resuming_with_other_settings_is_refused_by_the_first_that_differs(
     assert main(command("run", "--resume", *other)) == 2
     assert error_of(capsys).startswith(f"run_glue.py: error: {named} is ")
     assert everything_in(stopped) == before
-
-
-@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
-def test_every_setting_that_has_an_influence_is_compared(field, whole: Path):
-    before = json.loads((whole / "config.json").read_text())
-    now = before | {field.name: "other"}
-    if field.metadata["role"] == NOTHING:
-        check_same(now, before, whole)
-    else:
-        derived = {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
-        with pytest.raises(UsageError, match=f"{derived.get(field.name, field.name)} is other"):
-            check_same(now, before, whole)
-
-
-def test_another_gpu_is_not_another_device(whole: Path):
-    config = json.loads((whole / "config.json").read_text())
-    check_same(config | {"device": "cuda:1"}, config | {"device": "cuda:0"}, whole)
-    with pytest.raises(UsageError, match="--device is cuda, but was cpu"):
-        check_same(config | {"device": "cuda:1"}, config, whole)
 
 
 @pytest.mark.parametrize("name", ["train", "dev"])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._dynamo.utils import counters
 
+import adalora
 import fused
 import run_glue
 from adalora import inject
@@ -218,7 +219,7 @@ def test_lora_of_rank_2_on_deberta_v3_base_has_the_papers_number_of_parameters()
     ],
     ids=" ".join,
 )
-def test_every_ablation_of_adalora_is_another_run(
+def test_every_ablation_of_adalora_changes_the_weights_or_the_ranks(
     ablation: list[str], bert: Path, glue_folder: Path, tmp_path: Path
 ):
     weights = {}
@@ -306,7 +307,51 @@ def test_target_ranks_go_down_to_0_which_trains_the_head_alone(
     assert (results["trainable_parameters"] == 0) == (rank == "0")
 
 
-def test_accumulated_micro_batches_are_the_large_batch(bert: Path, glue_folder: Path, tmp_path: Path):
+def test_each_update_has_the_learning_rate_and_the_budget_that_are_recorded(
+    bert: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    step, used = torch.optim.AdamW.step, []
+
+    def watched(self: torch.optim.AdamW, *args: object) -> object:
+        used.append({group["lr"] for group in self.param_groups})
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    more = "--optimizer adamw --score sensitivity --lr 0.01 --tinit 2 --tfinal 12 --delta_t 1".split()
+    assert run(command(bert, glue_folder, tmp_path / "run", *more)) == 0
+    records = [record for record in read(tmp_path / "run")[2] if "loss" in record]
+    expected = [0.01 * (25 - t) / 24 for t in range(1, 25)]  # 24 updates: the scaled warm-up has none
+    assert [record["lr"] for record in records] == pytest.approx(expected)
+    assert used == [{record["lr"]} for record in records]
+    budget = CubicBudget(36, 24, 24, 2, 12, 1)
+    assert [record["budget"] for record in records] == [budget(t) for t in range(1, 25)]
+
+
+@pytest.mark.parametrize("flags", ["", "--orth 0.3 --squared_orth", "--plain"])
+def test_the_penalty_has_the_weight_and_the_form_of_the_settings(
+    flags: str, bert: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    module, calls = adalora if flags == "--plain" else fused, []
+    monkeypatch.setattr(module, "add_penalty_gradients", lambda _, *how: calls.append(how))
+    assert run(command(bert, glue_folder, tmp_path / "run", *flags.split())) == 0
+    assert calls == [(0.3, True) if "--orth" in flags else (0.1, False)] * 24
+
+
+def test_the_loss_of_a_regression_is_the_mean_squared_error_example_by_example():
+    assert run_glue.task_loss(torch.tensor([[1.0], [4.0]]), torch.tensor([0.0, 4.0])).item() == 0.5
+
+
+ACCUMULATING = {
+    "adamw": ["--optimizer", "adamw"],
+    # No noise and no clip; one draw goes around all micro-batches.
+    "ivon": "--ess 1e30 --beta2 1 --weight_decay 0 --clip_radius 1e6 --hess_init 1 --lr 0.1".split(),
+}
+
+
+@pytest.mark.parametrize("optimizer", ACCUMULATING)
+def test_accumulated_micro_batches_are_the_large_batch(
+    optimizer: str, bert: Path, glue_folder: Path, tmp_path: Path
+):
     config = json.loads((bert / "config.json").read_text())
     still = tmp_path / "no-dropout"  # dropout draws differ between the two
     still.mkdir()
@@ -319,16 +364,8 @@ def test_accumulated_micro_batches_are_the_large_batch(bert: Path, glue_folder: 
         ("large", "9", "1"),
         ("small", "3", "3"),
     ):  # 24 examples: the last is short
-        more = [
-            "--optimizer",
-            "adamw",
-            "--eval_every",
-            "24",
-            "--batch_size",
-            batch,
-            "--grad_accum",
-            accumulate,
-        ]
+        more = [*ACCUMULATING[optimizer], "--eval_every", "24"]
+        more += ["--batch_size", batch, "--grad_accum", accumulate]
         assert run(command(still, glue_folder, tmp_path / name, *more)) == 0
         adapters.append(load_file(tmp_path / name / "adapter/adapter.safetensors"))
     for name, tensor in adapters[0].items():
@@ -389,7 +426,7 @@ def test_at_beta2_of_1_every_sigma_stays_what_h0_makes_it(bert: Path, glue_folde
         torch.testing.assert_close(tensor, torch.full_like(tensor, (800 * 0.5) ** -0.5), rtol=1e-6, atol=0)
 
 
-def test_dropout_is_of_the_adapters_input(
+def test_dropout_reaches_every_adapter_and_changes_training(
     bert: Path, glue_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     adapt, rates, losses = encoder.adapt, [], []
