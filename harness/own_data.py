@@ -172,7 +172,10 @@ def has_label(value: Any, labels: list[str]) -> bool:
 def check_columns(path: Path, there: Collection[str], columns: list[str]) -> None:
     if missing := [name for name in columns if name not in there]:
         names = ", ".join(map(repr, there))[:200]
-        raise UsageError(f"{path} has no column {missing[0]!r}, only {names}: name yours by --columns")
+        hint = "name text and label by --columns"
+        if len(there) == 1 and path.suffix.lower() in DIALECTS:
+            hint = "is it separated by commas (.csv) or tabs (.tsv)?"
+        raise UsageError(f"{path} has no column {missing[0]!r}, only {names}: {hint}")
 
 
 def label_text(path: Path, row: int, value: Any) -> str:
@@ -253,7 +256,10 @@ def read_parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     from datasets import ClassLabel, Dataset
 
     try:
-        data = Dataset(pyarrow.parquet.read_table(path))
+        kinds = pyarrow.parquet.read_schema(path)
+        plain = [field.name for field in kinds if not pyarrow.types.is_nested(field.type)]
+        check_no_duplicates(plain)
+        data = Dataset(pyarrow.parquet.read_table(path, columns=plain))
     except (pyarrow.ArrowException, ValueError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from None
     classes = {name: f.names for name, f in data.features.items() if isinstance(f, ClassLabel)}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import sentences, write_glue
@@ -234,6 +236,19 @@ BAD_ROWS = {
 }
 
 
+def test_columns_of_parquet_that_are_not_asked_for_may_be_of_any_type(tmp_path: Path):
+    table = pa.table(
+        {
+            "text": ["a", "b"],
+            "label": ["x", "y"],
+            "more": pa.array([[("k", 1)]] * 2, pa.map_(pa.string(), pa.int64())),
+        }
+    )
+    pq.write_table(table, tmp_path / "x.parquet")
+    found = list(read_examples(tmp_path / "x.parquet", ["text", "label"], ["x", "y"], True))
+    assert [example["label"] for example in found] == [0, 1]
+
+
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_a_bad_file_is_refused_by_file_and_row(case: str, bert: Path, tmp_path: Path, capsys):
     which, header, rows, where, what = BAD_ROWS[case]
@@ -258,7 +273,10 @@ BAD_JSON = {
     "a number for text": ('{"text": "a", "label": "b"}\n{"text": 5, "label": "b"}', ":2: text is 5"),
     "no text": ('{"text": "a", "label": "b"}\n{"label": "b"}', ":2: text is None, which is not text"),
     "half a character": ('{"text": "\\ud800", "label": "b"}', ":1: not UTF-8"),
-    "a name twice": ('{"text": "a", "label": 1, "label": 2}', ":1: not JSON lines: there are two columns"),
+    "a name twice": (
+        '{"text": "a", "label": 1, "label": 2}',
+        ":1: not JSON lines: there are two columns 'label'",
+    ),
     "another kind of label": ('{"text": "a", "label": [1]}', ":1: the label is [1], which is neither"),
 }
 
