@@ -287,7 +287,10 @@ def is_finished(folder: Path) -> bool:
 
 
 def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
-    """Raise UsageError for the first setting or checksum that differs from the run's in the folder."""
+    """Raise UsageError for the first setting or checksum that differs from the run's in the folder.
+
+    Settings that decide weights and tokens are compared before checksums; train_size and the like after.
+    """
     own = settings["train_file"] is not None
     data = "a file of --train_file or --validation_file" if own else "--data_dir"
     other = {"encoder": f"--model {settings['model']} has other weights", "data": f"{data} has other data"}
@@ -295,7 +298,8 @@ def check_same(settings: Mapping, before: Mapping, folder: Path) -> None:
     said = {f.name: f"--{f.name}" if f.metadata["group"] else f.name for f in compared}
     said |= {"total_steps": "--max_steps", "processes": "the number of torchrun's processes"}
     said |= {"task": "--name"} if own else {}
-    for name in [*said, *other]:  # settings decide weights and tokens, too: they come first
+    first = ["task", "holdout", "holdout_seed", "base_dtype", "prompt", "choices", "max_length"]
+    for name in dict.fromkeys([*first, *other, *said]):
         now = settings.get(name)
         then = before.get(name, now)
         if name == "device":  # any GPU is as good

@@ -668,6 +668,16 @@ def test_resuming_with_other_settings_is_refused_by_the_first_that_differs(
     assert everything_in(stopped) == before
 
 
+def test_resuming_with_more_data_is_refused_by_the_data_and_not_by_what_follows_from_them(
+    stopped: Path, command: Callable, data: Path, tmp_path: Path, capsys
+):
+    moved = shutil.copytree(data, tmp_path / "glue")
+    file = moved / "CoLA/train.tsv"
+    file.write_text(file.read_text() * 2)
+    assert main(command("run", "--resume", "--data_dir", str(moved))) == 2
+    assert "--data_dir has other data" in error_of(capsys)
+
+
 @pytest.mark.parametrize("name", ["train", "dev"])
 def test_resuming_with_other_data_is_refused(
     name: str, stopped: Path, command: Callable, data: Path, tmp_path: Path, capsys
