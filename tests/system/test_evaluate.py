@@ -410,7 +410,10 @@ def test_a_seed_of_its_own_draws_otherwise(copied: Path):
 # --- submissions --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    "task",
+    [task if task in ("stsb", "mnli") else pytest.param(task, marks=pytest.mark.slow) for task in TASKS],
+)
 def test_predictions_of_the_test_file_are_glues_submission(task: str, bert: Path, tmp_path: Path):
     run = train(bert, tmp_path, task=task)
     write_tests(tmp_path / "glue", task)

@@ -9,7 +9,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen2Conf
 from adalora import SVDLinear
 
 
-@pytest.mark.parametrize("architecture", [LlamaConfig, OPTConfig, Qwen2Config])
+@pytest.mark.parametrize(
+    "architecture",
+    [LlamaConfig, *(pytest.param(other, marks=pytest.mark.slow) for other in (OPTConfig, Qwen2Config))],
+)
 def test_the_readmes_example_trains_any_causal_language_model_and_predicts_from_its_posterior(architecture):
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     section = readme[readme.index("## Outside GLUE") :]

@@ -559,6 +559,7 @@ def test_the_heat_maps_show_the_ranks_on_one_colour_scale(patterns: Path, drawn)
     assert {image.get_clim() for image in images} == {(0, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scores", [["snr"], ["snr", "mu"], ["snr", "mu", "inv_sigma"], list(SCORES)[:5]])
 @pytest.mark.parametrize("verb", ["ranks", "curves"])
 def test_long_names_overlap_nothing_in_the_figures(verb: str, scores: list[str], tmp_path: Path, drawn):

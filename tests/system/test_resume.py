@@ -420,7 +420,7 @@ def writes_of_a_run(argv: list[str]) -> list[Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["before", "amid", "after"])
+@pytest.mark.parametrize("when", ["before", "amid"])  # after one is before the next
 def test_a_run_killed_around_any_of_its_writes_resumes_to_the_same_end(
     when: str, command: Callable, whole: Path, tmp_path: Path
 ):

@@ -208,6 +208,7 @@ def test_lora_of_rank_2_on_deberta_v3_base_has_the_papers_number_of_parameters()
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 331_776
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "ablation",
     [
@@ -273,6 +274,7 @@ def test_following_the_scores_does_not_change_the_run(
         assert (line["sigma_cv"] is None) == (optimizer == "adamw")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [task for task in glue.TASKS if task != "cola"])
 def test_every_task_trains(task: str, bert: Path, tmp_path: Path):
     data = write_glue(tmp_path / "glue", task)
