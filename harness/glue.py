@@ -47,8 +47,8 @@ TABLE = {
 ADAMW = {"weight_decay": 0.0}
 IVON = {"mc_samples": 1, "hess_init": 1.0, "beta2": 0.99999, "clip_radius": 1e-3, "weight_decay": 1e-8}
 ONE_PHASE = {"first_lr": 0.0, "first_steps": 0}
-# LoRA with IVON has no published setting for GLUE. Ours: the best of six trials with MiniLM on CoLA, and on
-# STS-B (results/study.md).
+# LoRA with IVON has no published setting for GLUE. Ours: the best of six trials with MiniLM on each of three
+# tasks (results/study.md).
 LORA_IVON = {"hess_init": 1e-4, "beta2": 0.999, "ess": 1e8, "lr": None, "largest_step": 3e-4}
 FULL_EPOCHS = {"sst2": 6, "qnli": 4}  # the other tasks': as AdaLoRA
 
