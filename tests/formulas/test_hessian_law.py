@@ -17,17 +17,17 @@ from ivon import IVON
 N, STEPS, BETA2 = 4_000, 700, 0.99
 
 
-def at_rest(
-    ess: float, h0: float = 1e-5, hess_approx: str = "price"
+def simulate(
+    ess: float, h0: float = 1e-5, hess_approx: str = "price", steps: int = STEPS
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """h of N entries after STEPS steps at lr 0, their curvatures H, and their E[ĝ²]."""
+    """h of N entries after `steps` steps at lr 0, their curvatures H, and their E[ĝ²]."""
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(1)
     s = 10 ** (2 * torch.rand(N, generator=generator, dtype=torch.float64) - 4)  # noise, 1e-4 to 1e-2
     H = 32 * s**2
     p = nn.Parameter(torch.zeros(N, dtype=torch.float64))
     opt = IVON([p], 0.0, ess, hess_init=h0, beta2=BETA2, weight_decay=0, hess_approx=hess_approx)
-    for _ in range(STEPS):
+    for _ in range(steps):
         with opt.sampled_params(train=True):
             p.grad = H * p.detach() + s * torch.randn(N, generator=generator, dtype=torch.float64)
         opt.step()
@@ -38,7 +38,7 @@ def at_rest(
 
 @pytest.mark.parametrize("ess", [1e5, 2e3], ids=["noise dominates", "curvature counts"])
 def test_h_rests_at_the_curvature_plus_half_of_1_minus_beta2_times_ess_times_the_squared_gradient(ess: float):
-    h, H, squared = at_rest(ess)
+    h, H, squared = simulate(ess)
     second = 0.5 * (1 - BETA2) * ess * squared
     ratio = h / (H + second)
     assert ratio.mean() == pytest.approx(1, abs=0.04)
@@ -50,8 +50,19 @@ def test_h_rests_at_the_curvature_plus_half_of_1_minus_beta2_times_ess_times_the
         assert (ratio < law.ppf(q)).mean() == pytest.approx(q, abs=0.03)
 
 
+def test_h_goes_1_minus_beta2_of_the_way_to_where_it_rests_in_each_step():
+    h0, steps = 1e-4, 10
+    h, H, squared = simulate(1e5, h0, steps=steps)
+    rest = H + 0.5 * (1 - BETA2) * 1e5 * squared
+    on_average = rest + (h0 - rest) * BETA2**steps
+    for those in (rest < h0, (h0 < rest) & (rest < 30 * h0), 30 * h0 < rest):
+        assert (h / on_average)[those].mean() == pytest.approx(1, abs=0.06)
+    far = 100 * h0 < rest  # (1 − β2)·T is 0.1, and yet h has left h0
+    assert (h / h0)[far].mean() > 10
+
+
 def test_with_squared_gradients_h_rests_at_ess_times_their_mean():
-    h, _, squared = at_rest(1e5, 1e-3, "gradsq")
+    h, _, squared = simulate(1e5, 1e-3, "gradsq")
     ratio = h / (1e5 * squared)
     assert ratio.mean() == pytest.approx(1, abs=0.02)
     # An average over 1/(1 − β2) squares of normal numbers, each with a variance of 2.
