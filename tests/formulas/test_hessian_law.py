@@ -1,4 +1,4 @@
-"""What IVON's h comes to rest at, with gradients whose noise and curvature are known (docs/method.md).
+"""Where IVON's h rests, and how it gets there, with gradients of known noise and curvature (docs/method.md).
 
 With Price's estimator h performs, to first order in a = 1 − β2, a square-root diffusion around h* = H + ½·a·v
 with v = ess·E[ĝ²]. Its stationary distribution is a gamma distribution of mean h* and variance ½·a·v·h*, so
@@ -51,9 +51,9 @@ def test_h_rests_at_the_curvature_plus_half_of_1_minus_beta2_times_ess_times_the
 
 
 def test_h_goes_1_minus_beta2_of_the_way_to_where_it_rests_in_each_step():
-    h0, steps = 1e-4, 10
-    h, H, squared = simulate(1e5, h0, steps=steps)
-    rest = H + 0.5 * (1 - BETA2) * 1e5 * squared
+    ess, h0, steps = 1e5, 1e-4, 10
+    h, H, squared = simulate(ess, h0, steps=steps)
+    rest = H + 0.5 * (1 - BETA2) * ess * squared
     on_average = rest + (h0 - rest) * BETA2**steps
     for those in (rest < h0, (h0 < rest) & (rest < 30 * h0), 30 * h0 < rest):
         assert (h / on_average)[those].mean() == pytest.approx(1, abs=0.06)
